@@ -1,0 +1,84 @@
+"""Every size that comes from outside has a bound here, checked before anything is allocated.
+
+Each limit names the legitimate need, the attack that it stops, and the memory that it can cost at worst.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+KIB: Final = 1024
+MIB: Final = 1024 * KIB
+
+#: Need: 1,000 class names of 64 characters. Stops: a run spec that fills memory when it is parsed.
+RUN_SPEC_BYTES_MAX: Final = 128 * KIB
+#: Need: ImageNet-1k. Stops: quadratic work in the allotment.
+CLASSES_MAX: Final = 1000
+#: Need: 100 classes in single-class tasks. Worst case: DEVICES_MAX * TASKS_MAX ledger entries of 4 KiB.
+TASKS_MAX: Final = 128
+#: Need: a large lab. Stops: a board of invented devices. Worst case: 256 device records of 8 KiB = 2 MiB.
+DEVICES_MAX: Final = 256
+#: Need: names that fit a table.
+NAME_CHARS_MAX: Final = 64
+#: Need: a device record with per-class counts and leases, about 1 KiB for 10 classes, 6 KiB for 1,000.
+#: Hivemind loses dictionaries over about 4 MB silently, so records stay in the low KB.
+RECORD_BYTES_MAX: Final = 8 * KIB
+#: How far ahead of our clock a record may expire. Stops: records that never leave memory.
+RECORD_TTL_S_MAX: Final = 600.0
+#: Need: a contribution with one `seen` counter per device: 256 * 40 bytes.
+CONTRIBUTION_BYTES_MAX: Final = 16 * KIB
+#: Hivemind's unary calls break over about 1 MB; larger answers are sent in pages.
+UNARY_BYTES_MAX: Final = 512 * KIB
+#: Ledger entries in one message.
+ENTRIES_PER_MESSAGE_MAX: Final = 64
+#: Keys of a ledger in one summary: TASKS_MAX + 1 shards of a few dozen devices each; more goes in pages.
+SUMMARY_ENTRIES_MAX: Final = 4096
+#: Need: the stem or one branch of VGG-16, about 60 MB in fp16 when undivided. Worst case memory: one shard
+#: per stream, STREAMS_MAX streams.
+SHARD_BYTES_MAX: Final = 256 * MIB
+#: Chunk of a stream.
+CHUNK_BYTES: Final = 256 * KIB
+CHUNK_BYTES_MAX: Final = 512 * KIB
+#: Streams served at once: 300 gave connection resets.
+STREAMS_MAX: Final = 32
+#: Nonces remembered against replay, 16 bytes each plus overhead: about 10 MiB at worst.
+NONCES_MAX: Final = 65_536
+#: How far a peer's clock may be off before its requests are refused.
+CLOCK_SKEW_S_MAX: Final = 300.0
+#: Need: a phone's photograph. Stops: decompression bombs in a data folder.
+IMAGE_PIXELS_MAX: Final = 64_000_000
+#: A batch of images in `predict`.
+PREDICT_IMAGES_MAX: Final = 10_000
+#: Events kept on disk and in memory. Need: what happened over night. Worst case: 10,000 rows of 1 KiB.
+EVENTS_MAX: Final = 10_000
+#: Points of the metrics history. Need: 128 shards with a few hundred leases each.
+METRICS_MAX: Final = 50_000
+#: Body of a request to the loopback API; all of them are small JSON objects.
+API_BODY_BYTES_MAX: Final = 64 * KIB
+#: Long polls for events at once on the loopback API.
+API_WAITERS_MAX: Final = 16
+#: Longest wait of one long poll.
+API_WAIT_S_MAX: Final = 30.0
+#: Need: VGG-16 undivided in fp32 (about 540 MB) as one assembled model.
+MODEL_BYTES_MAX: Final = 1024 * MIB
+#: Header of a model file: the run spec, and 128 shards with a contributor and a digest for each of 256 devices.
+#: Worst case, as JSON of nothing but brackets: about 130 MiB.
+MODEL_HEADER_BYTES_MAX: Final = 4 * MIB
+#: One message between the daemon and its trainer: a shard, or an assembled model, and its description.
+TRAINER_FRAME_BYTES_MAX: Final = MODEL_BYTES_MAX + MIB
+#: Held-out examples on which a lease's result is tried: 256 give a standard error of at most 3 points.
+VALIDATION_EXAMPLES_MAX: Final = 256
+#: Need: 1,000,000 images of 64x64 pixels. Stops: a folder that fills memory until the system kills the trainer.
+DATASET_BYTES_MAX: Final = 16 * 1024 * MIB
+#: Generations, samples, beats and sequence numbers. Stops: integers that neither SQLite nor float64 holds.
+COUNT_MAX: Final = 10**15
+#: Addresses that a device record may name: a few interfaces, IPv4 and IPv6.
+ADDRESSES_MAX: Final = 8
+#: Need: /ip6/…/tcp/…/p2p/… is about 110 characters.
+ADDRESS_CHARS_MAX: Final = 160
+#: Text of an error reply: one line for a log.
+ERROR_TEXT_CHARS_MAX: Final = 200
+#: Peers whose addresses are remembered: DEVICES_MAX, and some that went away. Stops: a flood of announcements.
+ADDRESS_BOOK_PEERS_MAX: Final = 2 * DEVICES_MAX
+#: Announcements found by zeroconf and not yet looked at; the next query brings what was dropped again.
+ANNOUNCEMENTS_MAX: Final = 256

@@ -1,0 +1,256 @@
+"""The run spec: what one collaboration trains, and how. Immutable; its digest is the run id.
+
+Every device of a run holds the same bytes. Whatever two devices must agree on to build equal models is in
+here, and nothing else is: addresses, budgets and data stay with the device.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import hashlib
+import json
+from typing import Annotated, Final, Literal, NewType
+
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
+
+from . import limits
+from .errors import IncompatibleError, PeerError, UsageError
+
+PROTOCOL_VERSION: Final = 1
+
+RunId = NewType("RunId", str)
+"""SHA-256 of the encoded run spec, 64 hexadecimal digits."""
+DeviceId = NewType("DeviceId", str)
+"""First 32 hexadecimal digits of the SHA-256 of a device's Ed25519 public key."""
+ShardId = NewType("ShardId", str)
+"""`stem`, or the id of a task."""
+
+STEM: Final = ShardId("stem")
+
+Name = Annotated[
+    str, StringConstraints(min_length=1, max_length=limits.NAME_CHARS_MAX, pattern=r"^[^\x00-\x1f\x7f]+$")
+]
+
+
+class Frozen(BaseModel):
+    """A value that comes from outside: immutable, unknown fields refused."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class TaskSpec(Frozen):
+    """A sub-set of the classes that is trained as a unit. `classes` are indices into `RunSpec.classes`."""
+
+    id: Annotated[str, StringConstraints(pattern=r"^t[0-9]{1,4}$")]
+    classes: Annotated[tuple[int, ...], Field(min_length=1, max_length=limits.CLASSES_MAX)]
+
+
+class ModelSpec(Frozen):
+    """Which network, and how it is decoupled."""
+
+    family: Annotated[str, StringConstraints(max_length=32, pattern=r"^[a-z0-9-]+$")]
+    #: Number of convolution stages in the stem, shared by all tasks.
+    stem_stages: Annotated[int, Field(ge=1, le=16)]
+    #: Channels of the stem's stages as a fraction of the family's.
+    stem_width: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
+    #: Channels of a branch's stages as a fraction of the family's.
+    branch_width: Annotated[float, Field(gt=0.0, le=1.0)]
+
+
+class InputSpec(Frozen):
+    """Shape, normalisation and augmentation of an example."""
+
+    channels: Literal[1, 3]
+    height: Annotated[int, Field(ge=4, le=1024)]
+    width: Annotated[int, Field(ge=4, le=1024)]
+    #: Per channel, of pixel values in 0..1.
+    mean: tuple[float, ...]
+    std: tuple[Annotated[float, Field(gt=1e-4)], ...]
+    #: `shift`: random translation; `crop-flip`: random translation and horizontal flip, for natural images.
+    augment: Literal["none", "shift", "crop-flip"]
+
+    @model_validator(mode="after")
+    def _per_channel(self) -> InputSpec:
+        if len(self.mean) != self.channels or len(self.std) != self.channels:
+            raise ValueError("mean and std need one value per channel")
+        return self
+
+
+class Schedule(Frozen):
+    """How much is trained, and with which learning rate. Progress, not time, is the clock."""
+
+    #: Samples that each shard sees before it is complete.
+    budget_samples: Annotated[int, Field(ge=1, le=10**12)]
+    #: Samples of one lease: what a device trains before it publishes and hands on.
+    lease_samples: Annotated[int, Field(ge=1, le=10**9)]
+    batch_size: Annotated[int, Field(ge=2, le=4096)]
+    peak_lr: Annotated[float, Field(gt=0.0, le=100.0)]
+    momentum: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.9
+    weight_decay: Annotated[float, Field(ge=0.0, le=1.0)] = 5e-4
+    #: Fraction of the budget over which the learning rate rises.
+    warmup_fraction: Annotated[float, Field(ge=0.0, le=0.9)] = 0.2
+    #: The stem's budget as a fraction of `budget_samples`; at its end the stem is sealed.
+    stem_seal_fraction: Annotated[float, Field(gt=0.0, le=1.0)] = 0.7
+
+
+class RunSpec(Frozen):
+    """One collaboration: its classes, tasks, model, input and schedule."""
+
+    protocol: Literal[1] = PROTOCOL_VERSION
+    name: Name
+    classes: Annotated[tuple[Name, ...], Field(min_length=2, max_length=limits.CLASSES_MAX)]
+    tasks: Annotated[tuple[TaskSpec, ...], Field(min_length=1, max_length=limits.TASKS_MAX)]
+    model: ModelSpec
+    input: InputSpec
+    schedule: Schedule
+    seed: Annotated[int, Field(ge=0, lt=2**31)]
+
+    @model_validator(mode="after")
+    def _consistent(self) -> RunSpec:
+        if len(set(self.classes)) != len(self.classes):
+            raise ValueError("class names must be unique")
+        ids = [task.id for task in self.tasks]
+        if len(set(ids)) != len(ids):
+            raise ValueError("task ids must be unique")
+        covered: set[int] = set()
+        for task in self.tasks:
+            if len(set(task.classes)) != len(task.classes):
+                raise ValueError(f"task {task.id} names a class twice")
+            if not all(0 <= index < len(self.classes) for index in task.classes):
+                raise ValueError(f"task {task.id} names a class that does not exist")
+            covered.update(task.classes)
+        if covered != set(range(len(self.classes))):
+            raise ValueError("every class needs a task")
+        return self
+
+    def encode(self) -> bytes:
+        """Canonical bytes: JSON with sorted keys and no white space, UTF-8."""
+        return json.dumps(
+            self.model_dump(mode="json"), sort_keys=True, separators=(",", ":"), ensure_ascii=False
+        ).encode()
+
+    @classmethod
+    def decode(cls, data: bytes) -> RunSpec:
+        """Parse bytes from outside.
+
+        Raises:
+            IncompatibleError: the spec is of another protocol version.
+            PeerError: anything else is wrong with it.
+        """
+        if len(data) > limits.RUN_SPEC_BYTES_MAX:
+            raise PeerError(f"the run spec has {len(data)} bytes, more than {limits.RUN_SPEC_BYTES_MAX}")
+        try:
+            fields = json.loads(data)
+        except (ValueError, RecursionError) as error:
+            raise PeerError("the run spec is not JSON") from error
+        if not isinstance(fields, dict):
+            raise PeerError("the run spec is not an object")
+        protocol = fields.get("protocol")
+        if isinstance(protocol, int) and protocol != PROTOCOL_VERSION:
+            raise IncompatibleError(
+                f"the run uses protocol version {str(protocol)[:20]}, this program speaks {PROTOCOL_VERSION}",
+                "install the same version of p2pcollab on all devices",
+            )
+        try:
+            spec = cls.model_validate_json(data)
+        except (ValidationError, ValueError, RecursionError) as error:
+            raise PeerError(f"the run spec is not valid: {_first_reason(error)}") from error
+        if spec.encode() != data:
+            raise PeerError("the run spec is not in canonical form")
+        return spec
+
+    @property
+    def run_id(self) -> RunId:
+        """SHA-256 of the canonical bytes."""
+        return RunId(hashlib.sha256(self.encode()).hexdigest())
+
+    def task(self, shard: ShardId) -> TaskSpec:
+        """The task that a shard serves.
+
+        Raises:
+            UsageError: the run has no such task.
+        """
+        for task in self.tasks:
+            if task.id == shard:
+                return task
+        raise UsageError(f"the run has no task {shard!r}")
+
+    @property
+    def shards(self) -> tuple[ShardId, ...]:
+        """The stem, then the tasks in order."""
+        return (STEM, *(ShardId(task.id) for task in self.tasks))
+
+    def budget(self, shard: ShardId) -> int:
+        """Samples after which a shard is complete."""
+        if shard == STEM:
+            return max(1, round(self.schedule.budget_samples * self.schedule.stem_seal_fraction))
+        return self.schedule.budget_samples
+
+    def label(self, shard: ShardId) -> str:
+        """A shard's name for people: `stem`, or its classes joined by `+`."""
+        if shard == STEM:
+            return "stem"
+        return "+".join(self.classes[index] for index in self.task(shard).classes)
+
+
+def _first_reason(error: Exception) -> str:
+    if isinstance(error, ValidationError):
+        first = error.errors()[0]
+        # A field's name may be the peer's invention: escaped and cut, so that it cannot write to a terminal.
+        where = ascii(".".join(str(part) for part in first["loc"]))[1:-1][:80]
+        return f"{where}: {first['msg']}" if where else str(first["msg"])
+    return type(error).__name__
+
+
+SECRET_BYTES: Final = 16
+_RUN_PREFIX_BYTES: Final = 7
+_CHECK_BYTES: Final = 2
+
+
+def _check(body: bytes) -> bytes:
+    # CRC-16 and not a hash: it finds every error within 16 adjacent bits, so any one mistyped letter and any
+    # two adjacent letters swapped. Two bytes of a hash missed some letter of one code in fifty.
+    return binascii.crc_hqx(body, 0).to_bytes(_CHECK_BYTES, "big")
+
+
+class JoinCode(Frozen):
+    """What a person types on the next device: the run secret, and enough of the run id to find the run."""
+
+    secret: Annotated[bytes, Field(min_length=SECRET_BYTES, max_length=SECRET_BYTES)]
+    run_prefix: Annotated[str, StringConstraints(pattern=rf"^[0-9a-f]{{{2 * _RUN_PREFIX_BYTES}}}$")]
+
+    @classmethod
+    def create(cls, secret: bytes, run_id: RunId) -> JoinCode:
+        """The code of a run."""
+        return cls(secret=secret, run_prefix=run_id[: 2 * _RUN_PREFIX_BYTES])
+
+    def __str__(self) -> str:
+        body = self.secret + bytes.fromhex(self.run_prefix)
+        text = base64.b32encode(body + _check(body)).decode()
+        return "P2P-" + "-".join(text[start : start + 4] for start in range(0, len(text), 4))
+
+    def __repr__(self) -> str:  # the secret must not reach a log by accident
+        return f"JoinCode(run_prefix={self.run_prefix!r})"
+
+    @classmethod
+    def parse(cls, text: str) -> JoinCode:
+        """Read a join code, whatever the case and however the groups are separated.
+
+        Raises:
+            UsageError: it is not a join code, or was mistyped.
+        """
+        fix = "copy it from the device that created the run (`p2pcollab new` or `p2pcollab status` prints it)"
+        compact = "".join(text.split()).replace("-", "").upper()
+        if not compact.startswith("P2P"):
+            raise UsageError("a join code starts with P2P-", fix)
+        try:
+            raw = base64.b32decode(compact[3:].encode())
+        except ValueError as error:
+            raise UsageError("the join code has a wrong length or a character that none has", fix) from error
+        body, check = raw[:-_CHECK_BYTES], raw[-_CHECK_BYTES:]
+        if len(body) != SECRET_BYTES + _RUN_PREFIX_BYTES:
+            raise UsageError("the join code has a wrong length", fix)
+        if _check(body) != check:
+            raise UsageError("the join code is mistyped: its check letters do not fit", fix)
+        return cls(secret=body[:SECRET_BYTES], run_prefix=body[SECRET_BYTES:].hex())
