@@ -1,0 +1,610 @@
+"""The bytes between devices: strict parsing, contributions, authenticated messages and stream framing.
+
+Everything a peer sent is parsed in here (`parse`), records included. Each decoder returns a checked value
+or raises `PeerError`; only opening an authenticated message may also raise `NotAuthorisedError`. Sizes are
+checked before anything is allocated: msgpack then costs at most about 75 bytes per byte received (empty
+maps, measured), 40 MiB for the largest message.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import heapq
+import hmac
+import itertools
+import struct
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Annotated, Any, ClassVar, Final, TypeVar
+
+import msgpack
+from pydantic import BaseModel, Field, StringConstraints, ValidationError
+from typing_extensions import Self
+
+from . import limits
+from .errors import NotAuthorisedError, PeerError, UsageError
+from .keys import PUBLIC_KEY_BYTES, SIGNATURE_BYTES, Identity, RunKeys, device_id, verify_signature
+from .ledger import MARK_BYTES, NOTHING_MERGED, Contribution, Key, Mark
+from .run import DeviceId, Frozen, RunId, ShardId
+
+Model = TypeVar("Model", bound=BaseModel)
+
+DeviceField = Annotated[DeviceId, StringConstraints(pattern=r"^[0-9a-f]{32}$")]
+RunField = Annotated[RunId, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
+ShardField = Annotated[ShardId, StringConstraints(pattern=r"^(stem|t[0-9]{1,4})$")]
+DigestField = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
+CountField = Annotated[int, Field(ge=0, le=limits.COUNT_MAX)]
+
+_CONTRIBUTION_DOMAIN: Final = b"p2pcollab/contribution/1"
+_REQUEST_DOMAIN: Final = b"p2pcollab/request/1"
+_RESPONSE_DOMAIN: Final = b"p2pcollab/response/1"
+
+_MAC_BYTES: Final = 32
+NONCE_BYTES: Final = 16
+_TIME: Final = struct.Struct(">Q")
+_REQUEST_OVERHEAD: Final = _MAC_BYTES + _TIME.size + NONCE_BYTES
+
+
+def pack(value: object) -> bytes:
+    """msgpack of a value of our own."""
+    packed: bytes = msgpack.packb(value, use_bin_type=True)
+    return packed
+
+
+def parse(model: type[Model], data: bytes, bytes_max: int) -> Model:
+    """A peer's msgpack map as `model`, without coercion.
+
+    Raises:
+        PeerError: too long, not msgpack, or not what `model` describes.
+    """
+    if len(data) > bytes_max:
+        raise PeerError(f"{len(data)} bytes where at most {bytes_max} are allowed")
+    try:
+        fields = msgpack.unpackb(
+            data,
+            raw=False,
+            use_list=False,
+            strict_map_key=True,
+            max_str_len=limits.UNARY_BYTES_MAX,
+            max_bin_len=limits.UNARY_BYTES_MAX,
+            max_array_len=limits.SUMMARY_ENTRIES_MAX,
+            max_map_len=limits.TASKS_MAX,
+            max_ext_len=0,
+        )
+    except (ValueError, TypeError, RecursionError, msgpack.exceptions.UnpackException) as error:
+        raise PeerError("the bytes are not the msgpack that this program writes") from error
+    if not isinstance(fields, dict):
+        raise PeerError("the message is not a map")
+    try:
+        return model.model_validate(fields, strict=True)
+    except ValidationError as error:
+        raise PeerError(f"the message is not valid: {_reason(error)}") from error
+
+
+def _reason(error: ValidationError) -> str:
+    first = error.errors(include_url=False, include_input=False, include_context=False)[0]
+    # A field's name may be the peer's invention: escaped and cut, so that it cannot write to a terminal.
+    where = ascii(".".join(str(part) for part in first["loc"]))[:80]
+    return f"{where}: {first['msg']}"
+
+
+# Contributions
+
+
+class _ContributionFields(Frozen):
+    """`ledger.Contribution` as it travels, field by field in the order that is signed."""
+
+    run_id: RunField
+    shard: ShardField
+    device: DeviceField
+    public_key: Annotated[bytes, Field(min_length=PUBLIC_KEY_BYTES, max_length=PUBLIC_KEY_BYTES)]
+    generation: Annotated[int, Field(ge=1, le=limits.COUNT_MAX)]
+    seen: Annotated[
+        tuple[tuple[DeviceField, Annotated[int, Field(ge=1, le=limits.COUNT_MAX)]], ...],
+        Field(min_length=1, max_length=limits.DEVICES_MAX),
+    ]
+    lease_samples: Annotated[int, Field(ge=1, le=limits.COUNT_MAX)]
+    #: Empty for the stem itself.
+    stem_digest: Annotated[str, StringConstraints(pattern=rf"^(|{NOTHING_MERGED}|[0-9a-f]{{64}})$")]
+    tensors_digest: DigestField
+    tensors_bytes: Annotated[int, Field(ge=1, le=limits.SHARD_BYTES_MAX)]
+    loss: float
+    accuracy: Annotated[float, Field(ge=0.0, le=1.0)]
+    signature: Annotated[bytes, Field(min_length=SIGNATURE_BYTES, max_length=SIGNATURE_BYTES)]
+
+
+def _travelling(contribution: Contribution) -> dict[str, Any]:
+    fields = {name: getattr(contribution, name) for name in _ContributionFields.model_fields}
+    # msgpack writes 0 and 0.0 differently, and one contribution must have one encoding.
+    return fields | {"loss": float(contribution.loss), "accuracy": float(contribution.accuracy)}
+
+
+def contribution_payload(contribution: Contribution) -> bytes:
+    """The bytes that a contribution's signature covers: its domain, and every field but the signature."""
+    fields = _travelling(contribution)
+    del fields["signature"]
+    return _CONTRIBUTION_DOMAIN + pack(fields)
+
+
+def sign_contribution(
+    identity: Identity,
+    *,
+    run_id: RunId,
+    shard: ShardId,
+    generation: int,
+    seen: Mapping[DeviceId, int] | Iterable[tuple[DeviceId, int]],
+    lease_samples: int,
+    stem_digest: str,
+    tensors_digest: str,
+    tensors_bytes: int,
+    loss: float,
+    accuracy: float,
+) -> Contribution:
+    """This device's contribution, signed.
+
+    Raises:
+        UsageError: peers would refuse it: a loss that is not finite, a count out of bounds.
+    """
+    unsigned = Contribution(
+        run_id=run_id,
+        shard=shard,
+        device=identity.device,
+        public_key=identity.public_key,
+        generation=generation,
+        seen=tuple(sorted(dict(seen).items())),
+        lease_samples=lease_samples,
+        stem_digest=stem_digest,
+        tensors_digest=tensors_digest,
+        tensors_bytes=tensors_bytes,
+        loss=float(loss),
+        accuracy=float(accuracy),
+        signature=bytes(SIGNATURE_BYTES),
+    )
+    try:
+        _ContributionFields.model_validate(_travelling(unsigned), strict=True)
+    except ValidationError as error:
+        raise UsageError(f"the contribution cannot be published: {_reason(error)}") from error
+    fields = _travelling(unsigned)
+    fields["signature"] = identity.sign(contribution_payload(unsigned))
+    return Contribution(**fields)
+
+
+def verify_contribution(contribution: Contribution) -> None:
+    """Check that the device that a contribution names has signed it.
+
+    Raises:
+        PeerError: it has not.
+    """
+    if device_id(contribution.public_key) != contribution.device:
+        raise PeerError("the contribution's device id is not that of its key")
+    payload = contribution_payload(contribution)
+    if not verify_signature(contribution.public_key, contribution.signature, payload):
+        raise PeerError("the contribution's signature is not valid")
+
+
+def encode_contribution(contribution: Contribution) -> bytes:
+    """The one encoding of a contribution."""
+    return pack(_travelling(contribution))
+
+
+def decode_contribution(data: bytes, run_id: RunId) -> Contribution:
+    """A verified contribution to this run.
+
+    Raises:
+        PeerError: it is malformed, of another run, not in its one encoding, or not signed by its device.
+    """
+    fields = parse(_ContributionFields, data, limits.CONTRIBUTION_BYTES_MAX)
+    if fields.run_id != run_id:
+        raise PeerError("the contribution belongs to another run")
+    devices = [device for device, _ in fields.seen]
+    if any(first >= second for first, second in itertools.pairwise(devices)):
+        raise PeerError("the contribution's seen counters are not in order")
+    contribution = Contribution(**dict(fields))
+    if encode_contribution(contribution) != data:
+        raise PeerError("the contribution is not in canonical form")
+    verify_contribution(contribution)
+    return contribution
+
+
+# Authentication: who knows the run secret
+
+
+def mac(keys: RunKeys, domain: bytes, *parts: bytes) -> bytes:
+    """HMAC-SHA256 under the run's authentication key; no two different (domain, parts) share their input."""
+    code = hmac.new(keys.auth_key, digestmod=hashlib.sha256)
+    for part in (domain, *parts):
+        code.update(_TIME.pack(len(part)))
+        code.update(part)
+    return code.digest()
+
+
+def verify_mac(keys: RunKeys, tag: bytes, domain: bytes, *parts: bytes) -> bool:
+    """Whether `tag` is the MAC of the parts, in constant time."""
+    return hmac.compare_digest(tag, mac(keys, domain, *parts))
+
+
+class _Window:
+    """The newest nonces of one sender. Forgetting one raises a floor: what is dated below it is refused."""
+
+    __slots__ = ("_by_time", "_floor_ms", "_nonces")
+
+    def __init__(self, floor_ms: int) -> None:
+        self._floor_ms = floor_ms
+        self._by_time: list[tuple[int, bytes]] = []
+        self._nonces: set[bytes] = set()
+
+    @property
+    def newest_ms(self) -> int:
+        """The time of the newest request; the floor if there is none."""
+        return max((time_ms for time_ms, _ in self._by_time), default=self._floor_ms)
+
+    def admit(self, nonce: bytes, time_ms: int, capacity: int) -> bool:
+        """Whether the request is new; it is remembered."""
+        if time_ms <= self._floor_ms or nonce in self._nonces:
+            return False
+        self._nonces.add(nonce)
+        heapq.heappush(self._by_time, (time_ms, nonce))
+        if len(self._by_time) > capacity:
+            self._floor_ms, forgotten = heapq.heappop(self._by_time)
+            self._nonces.discard(forgotten)
+        return True
+
+
+class ReplayGuard:
+    """Lets each request through once, in bounded memory.
+
+    A sender's requests arrive nearly in the order of its own clock, so its newest few hundred nonces and a
+    floor below them are enough. Nothing forgotten is ever admitted again, not even after our clock has
+    jumped; and a sender that floods displaces only its own nonces. One memory for all senders was rejected:
+    an insider's requests dated ahead of time would have raised everybody's floor. A restart forgets all; a
+    replay then still needs the sender's own libp2p connection.
+    """
+
+    def __init__(
+        self,
+        *,
+        senders_max: int = limits.DEVICES_MAX,
+        nonces_max: int = limits.NONCES_MAX // limits.DEVICES_MAX,
+        window_s: float = limits.CLOCK_SKEW_S_MAX,
+    ) -> None:
+        self._senders_max = senders_max
+        self._nonces_max = nonces_max
+        self._window_ms = round(window_s * 1000)
+        self._windows: dict[str, _Window] = {}
+        self._floor_ms = -1
+
+    def admit(self, sender: str, nonce: bytes, time_ms: int, now: float) -> None:
+        """Let a request through once.
+
+        Args:
+            sender: as the transport, or at least the request's MAC, has proved it.
+            time_ms: the request's date by its sender's clock, unix time in milliseconds.
+            now: our clock, unix time in seconds.
+
+        Raises:
+            NotAuthorisedError: it is a replay, dated outside the window, or of one sender too many.
+        """
+        now_ms = round(now * 1000)
+        if abs(now_ms - time_ms) > self._window_ms:
+            raise NotAuthorisedError(
+                f"the request is dated {abs(now_ms - time_ms) // 1000} s off this device's clock",
+                "set the clocks of both devices",
+            )
+        window = self._windows.get(sender) or self._new_window(sender, now_ms)
+        if not window.admit(nonce, time_ms, self._nonces_max):
+            raise NotAuthorisedError("the request was seen before, or is older than what is remembered")
+
+    def _new_window(self, sender: str, now_ms: int) -> _Window:
+        if len(self._windows) >= self._senders_max:
+            self._forget_silent_senders(now_ms - self._window_ms)
+        if len(self._windows) >= self._senders_max:
+            raise NotAuthorisedError(f"more than {self._senders_max} devices send requests")
+        return self._windows.setdefault(sender, _Window(self._floor_ms))
+
+    def _forget_silent_senders(self, before_ms: int) -> None:
+        for sender, window in list(self._windows.items()):
+            if window.newest_ms < before_ms:
+                self._floor_ms = max(self._floor_ms, window.newest_ms)
+                del self._windows[sender]
+
+
+class Authenticator:
+    """Wraps requests and responses so that only a device that knows the run secret can make them.
+
+    A request is MAC, time, nonce, body; a response is MAC, body. Both MACs cover the method and both peer
+    ids, which the transport has proved; the response's also covers the request's nonce. The transport
+    encrypts; this only keeps strangers out.
+    """
+
+    def __init__(self, keys: RunKeys, own_peer_id: str) -> None:
+        self._keys = keys
+        self._own = own_peer_id.encode()
+        self._replays = ReplayGuard()
+
+    def seal_request(
+        self, method: str, body: bytes, receiver_peer_id: str, now: float, nonce: bytes
+    ) -> bytes:
+        """A request's bytes. `now`: unix time in seconds; `nonce`: 16 random bytes, never used before."""
+        assert len(nonce) == NONCE_BYTES
+        assert len(body) <= limits.UNARY_BYTES_MAX
+        covered = _TIME.pack(round(now * 1000)) + nonce + body
+        return self._mac(_REQUEST_DOMAIN, method, self._own, receiver_peer_id.encode(), covered) + covered
+
+    def open_request(self, method: str, data: bytes, sender_peer_id: str, now: float) -> tuple[bytes, bytes]:
+        """The body of a request to this device, and the nonce to answer under. `now`: unix time in seconds.
+
+        Raises:
+            PeerError: it is too short or too long.
+            NotAuthorisedError: its sender does not know the run secret, or it is a replay.
+        """
+        _check_length(data, _REQUEST_OVERHEAD)
+        tag, covered = data[:_MAC_BYTES], data[_MAC_BYTES:]
+        expected = self._mac(_REQUEST_DOMAIN, method, sender_peer_id.encode(), self._own, covered)
+        if not hmac.compare_digest(tag, expected):
+            raise NotAuthorisedError("a request came from a device that does not know the run secret")
+        (time_ms,) = _TIME.unpack_from(covered)
+        nonce = covered[_TIME.size : _TIME.size + NONCE_BYTES]
+        self._replays.admit(sender_peer_id, nonce, time_ms, now)
+        return covered[_TIME.size + NONCE_BYTES :], nonce
+
+    def seal_response(self, method: str, body: bytes, receiver_peer_id: str, nonce: bytes) -> bytes:
+        """The bytes of the response to the request with this nonce."""
+        assert len(body) <= limits.UNARY_BYTES_MAX
+        covered = nonce + body
+        return self._mac(_RESPONSE_DOMAIN, method, self._own, receiver_peer_id.encode(), covered) + body
+
+    def open_response(self, method: str, data: bytes, sender_peer_id: str, nonce: bytes) -> bytes:
+        """The body of the response to our request with this nonce.
+
+        Raises:
+            PeerError: it is too short or too long.
+            NotAuthorisedError: its sender does not know the run secret, or it answers another request.
+        """
+        _check_length(data, _MAC_BYTES)
+        tag, body = data[:_MAC_BYTES], data[_MAC_BYTES:]
+        expected = self._mac(_RESPONSE_DOMAIN, method, sender_peer_id.encode(), self._own, nonce + body)
+        if not hmac.compare_digest(tag, expected):
+            raise NotAuthorisedError("a response came from a device that does not know the run secret")
+        return body
+
+    def _mac(self, domain: bytes, method: str, sender: bytes, receiver: bytes, covered: bytes) -> bytes:
+        return mac(self._keys, domain, method.encode(), sender, receiver, covered)
+
+
+def _check_length(data: bytes, overhead: int) -> None:
+    if not overhead <= len(data) <= overhead + limits.UNARY_BYTES_MAX:
+        raise PeerError(f"a message of {len(data)} bytes is shorter or longer than any")
+
+
+# Messages
+
+_Mark = Annotated[bytes, Field(min_length=MARK_BYTES, max_length=MARK_BYTES)]
+SummaryEntry = tuple[ShardField, DeviceField, CountField, _Mark]
+_Entries = Annotated[
+    tuple[Annotated[bytes, Field(max_length=limits.CONTRIBUTION_BYTES_MAX)], ...],
+    Field(max_length=limits.ENTRIES_PER_MESSAGE_MAX),
+]
+_Root = Annotated[bytes, Field(min_length=32, max_length=32)]
+_Shards = Annotated[tuple[ShardField, ...], Field(max_length=limits.TASKS_MAX + 1)]
+_Offset = Annotated[int, Field(ge=0, le=limits.SHARD_BYTES_MAX)]
+
+
+class Message(Frozen):
+    """One request or reply: a tag byte, then a msgpack map."""
+
+    TAG: ClassVar[int]
+
+    def encode(self) -> bytes:
+        """The message's bytes, at most `limits.UNARY_BYTES_MAX` (see `first_page`)."""
+        data = bytes([self.TAG]) + pack(dict(self))
+        assert len(data) <= limits.UNARY_BYTES_MAX
+        return data
+
+    @classmethod
+    def decode(cls, data: bytes) -> Self:
+        """Parse a peer's bytes.
+
+        Raises:
+            PeerError: they are not a valid message of this kind.
+        """
+        if data[:1] != bytes([cls.TAG]):
+            raise PeerError(f"the peer sent something else than {cls.__name__}")
+        return parse(cls, data[1:], limits.UNARY_BYTES_MAX)
+
+
+class Hello(Message):
+    """Asks for the run spec by the prefix that the join code holds."""
+
+    TAG = 1
+    run_prefix: Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{14}$")]
+    version: CountField
+
+
+class HelloReply(Message):
+    """The canonical bytes of the run spec."""
+
+    TAG = 2
+    spec: Annotated[bytes, Field(max_length=limits.RUN_SPEC_BYTES_MAX)]
+
+
+class Exchange(Message):
+    """Half of an anti-entropy round: what the sender's ledger holds."""
+
+    TAG = 3
+    #: Digest of the whole ledger.
+    root: _Root
+    #: (shard, device) and mark of each entry that the page covers.
+    summary: Annotated[tuple[SummaryEntry, ...], Field(max_length=limits.SUMMARY_ENTRIES_MAX)]
+    #: The shards that this page of the summary covers; empty: all. A missing entry of a covered shard is one
+    #: that the sender lacks.
+    shards: _Shards = ()
+
+    @classmethod
+    def create(cls, root: bytes, summary: Mapping[Key, Mark], shards: tuple[ShardId, ...] = ()) -> Exchange:
+        """The message for `Ledger.summary()`."""
+        entries = tuple((*key, *value) for key, value in sorted(summary.items()))
+        return cls(root=root, summary=entries, shards=shards)
+
+    def summary_map(self) -> dict[Key, Mark]:
+        """The summary as `Ledger.newer_than` takes it."""
+        return {(shard, device): (generation, mark) for shard, device, generation, mark in self.summary}
+
+
+class ExchangeReply(Message):
+    """The other half: what the asker lacks, and what it should push."""
+
+    TAG = 4
+    root: _Root
+    #: Encoded contributions, as many as fit.
+    entries: _Entries
+    #: Keys of which the asker has something newer.
+    want: Annotated[tuple[tuple[ShardField, DeviceField], ...], Field(max_length=limits.SUMMARY_ENTRIES_MAX)]
+
+
+class Push(Message):
+    """Contributions, and the sender's sealed record (empty: none)."""
+
+    TAG = 5
+    entries: _Entries
+    record: Annotated[bytes, Field(max_length=limits.RECORD_BYTES_MAX)] = b""
+
+
+class PushReply(Message):
+    """How many of the contributions were new."""
+
+    TAG = 6
+    accepted: CountField
+
+
+class Fetch(Message):
+    """Asks for a shard's bytes from an offset on, as a stream."""
+
+    TAG = 7
+    digest: DigestField
+    offset: _Offset
+
+
+class StreamHeader(Message):
+    """Opens a stream: which bytes follow, and how many the whole has."""
+
+    TAG = 8
+    digest: DigestField
+    length: _Offset
+
+
+class ErrorReply(Message):
+    """Why there is no other reply."""
+
+    TAG = 9
+    code: Annotated[str, StringConstraints(pattern=r"^[a-z-]{1,32}$")]
+    text: Annotated[
+        str, StringConstraints(max_length=limits.ERROR_TEXT_CHARS_MAX, pattern=r"^[^\x00-\x1f\x7f-\x9f]*$")
+    ]
+
+    @classmethod
+    def create(cls, code: str, text: str) -> ErrorReply:
+        """A reply whose text is made to fit: cut, and without control characters."""
+        printable = "".join(character if character.isprintable() else "?" for character in text)
+        return cls(code=code, text=printable[: limits.ERROR_TEXT_CHARS_MAX])
+
+
+MessageKind = TypeVar("MessageKind", bound=Message)
+
+
+def decode_reply(kind: type[MessageKind], data: bytes) -> MessageKind | ErrorReply:
+    """A reply of the expected kind, or why there is none.
+
+    Raises:
+        PeerError: it is neither.
+    """
+    if data[:1] == bytes([ErrorReply.TAG]):
+        return ErrorReply.decode(data)
+    return kind.decode(data)
+
+
+def first_page(entries: Iterable[bytes]) -> tuple[bytes, ...]:
+    """As many encoded contributions, from the first on, as one message holds.
+
+    Half of the message is left to its other fields: `want` or a record.
+    """
+    page: list[bytes] = []
+    size = 0
+    for entry in entries:
+        size += len(entry) + 5
+        if len(page) == limits.ENTRIES_PER_MESSAGE_MAX or size > limits.UNARY_BYTES_MAX // 2:
+            break
+        page.append(entry)
+    return tuple(page)
+
+
+# Streams
+
+
+def chunks(data: bytes, offset: int) -> Iterator[bytes]:
+    """The bytes from an offset on, in pieces for a stream."""
+    view = memoryview(data)
+    for start in range(offset, len(data), limits.CHUNK_BYTES):
+        yield bytes(view[start : start + limits.CHUNK_BYTES])
+
+
+class Download:
+    """Bytes known by digest and length, received in chunks over one or more streams.
+
+    A remote that dies ends its stream normally, so an end proves nothing: only length and digest do. Memory
+    grows with what has arrived, not with what was declared.
+    """
+
+    def __init__(self, digest: str, length: int) -> None:
+        if not 0 <= length <= limits.SHARD_BYTES_MAX:
+            raise PeerError(f"a shard of {length} bytes is over {limits.SHARD_BYTES_MAX}")
+        self._digest = digest
+        self._length = length
+        self._received = bytearray()
+
+    @property
+    def offset(self) -> int:
+        """Where to go on: bytes that have arrived."""
+        return len(self._received)
+
+    @property
+    def complete(self) -> bool:
+        """Whether all bytes have arrived; `finish` checks them."""
+        return len(self._received) == self._length
+
+    def request(self) -> Fetch:
+        """What to ask the next holder for."""
+        return Fetch(digest=self._digest, offset=self.offset)
+
+    def start(self, header: StreamHeader) -> None:
+        """Check the header of a stream.
+
+        Raises:
+            PeerError: other bytes follow than were asked for.
+        """
+        if (header.digest, header.length) != (self._digest, self._length):
+            raise PeerError("the stream holds another shard than was asked for")
+
+    def feed(self, chunk: bytes) -> None:
+        """Take the next chunk.
+
+        Raises:
+            PeerError: it is empty (a stream that never gets on), too long, or more than was declared.
+        """
+        if not 1 <= len(chunk) <= limits.CHUNK_BYTES_MAX:
+            raise PeerError(f"a chunk of {len(chunk)} bytes, where 1 to {limits.CHUNK_BYTES_MAX} are allowed")
+        if len(self._received) + len(chunk) > self._length:
+            raise PeerError("the stream is longer than its header says")
+        self._received += chunk
+
+    def finish(self) -> bytes:
+        """The bytes, after the stream has ended.
+
+        Raises:
+            PeerError: bytes are missing, and another stream can go on at `offset`; or they are not those of
+                the digest, and the next stream starts at 0, because nothing tells which part is wrong.
+        """
+        if not self.complete:
+            raise PeerError(f"the stream ended after {self.offset} of {self._length} bytes")
+        if hashlib.sha256(self._received).hexdigest() != self._digest:
+            self._received.clear()
+            raise PeerError("the bytes received are not those of the digest")
+        return bytes(self._received)
