@@ -1,0 +1,81 @@
+"""The global model: stem and all branches as a single network with grouped convolutions.
+
+The weights are the branches' own, concatenated along the output channels, so the scores are those of
+`SubModel` up to the rounding of another order of summation.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from ..run import RunSpec, ShardId
+from .build import filled
+from .layers import Classifier, ConvStage, Stem
+from .stages import branch_plan
+from .submodel import ClassScores
+
+
+class GroupedBranches(nn.Module):
+    """Branches beside each other: features [B, F, H, W] -> logits per branch, each [B, k + 1].
+
+    Heads stay apart, because tasks may differ in their number of classes; all before them is of one shape.
+    """
+
+    def __init__(self, spec: RunSpec, branches: Sequence[Classifier]) -> None:
+        super().__init__()
+        plan = branch_plan(spec, 1)
+        assert branches and plan.head is not None
+        self.copies = len(branches)
+        with torch.device("meta"):
+            stages = nn.Sequential(
+                *(
+                    ConvStage(conv, copies=self.copies, shared_input=index == 0)
+                    for index, conv in enumerate(plan.convs)
+                )
+            )
+        states = [branch.stages.state_dict() for branch in branches]
+        self.stages = filled(stages, {name: _beside([state[name] for state in states]) for name in states[0]})
+        self.shared = not plan.convs
+        self.grid = nn.AdaptiveAvgPool2d(plan.head.grid)
+        hidden = [branch.hidden for branch in branches if branch.hidden is not None]
+        self.hidden_weight_GKF = nn.Parameter(torch.stack([layer.weight.detach() for layer in hidden]))
+        self.hidden_bias_GK = nn.Parameter(torch.stack([layer.bias.detach() for layer in hidden]))
+        self.heads = nn.ModuleList(copy.deepcopy(branch.head) for branch in branches)
+
+    def forward(self, features_BFHW: Tensor) -> list[Tensor]:
+        maps = self.grid(self.stages(features_BFHW))
+        if self.shared:
+            flat_GBF = maps.flatten(1).expand(self.copies, -1, -1)
+        else:
+            flat_GBF = maps.unflatten(1, (self.copies, -1)).flatten(2).transpose(0, 1)
+        hidden_GBK = torch.baddbmm(
+            self.hidden_bias_GK.unsqueeze(1), flat_GBF, self.hidden_weight_GKF.transpose(1, 2)
+        ).relu()
+        return [head(hidden_BK) for head, hidden_BK in zip(self.heads, hidden_GBK, strict=True)]
+
+
+class GlobalModel(nn.Module):
+    """Stem and branches as one network: images [B, F, H, W] -> log-probabilities per class [B, C].
+
+    Copies the given modules' values. Branches may be missing: their classes score minus infinity.
+    """
+
+    def __init__(self, spec: RunSpec, stem: Stem, branches: Mapping[ShardId, Classifier]) -> None:
+        super().__init__()
+        self.stem = copy.deepcopy(stem)
+        self.branches = GroupedBranches(spec, tuple(branches.values())) if branches else None
+        self.scores = ClassScores(spec, tuple(branches))
+
+    def forward(self, images_BFHW: Tensor) -> Tensor:
+        logits = self.branches(self.stem(images_BFHW)) if self.branches is not None else []
+        scores_BC: Tensor = self.scores(logits, images_BFHW)
+        return scores_BC
+
+
+def _beside(tensors: Sequence[Tensor]) -> Tensor:
+    """Concatenated along the channels; counters, which all advance together, by their maximum."""
+    return torch.cat(list(tensors)) if tensors[0].ndim else torch.stack(list(tensors)).amax(0)

@@ -1,0 +1,252 @@
+"""One lease of training, and evaluation."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import math
+from collections.abc import Mapping
+
+import pytest
+import torch
+from model_specs import examples, model_spec
+
+from p2pcollab import cost, training
+from p2pcollab.errors import RunError
+from p2pcollab.models import GlobalModel, initial_shard
+from p2pcollab.optimiser import learning_rate
+from p2pcollab.run import STEM, RunSpec, Schedule, ShardId
+from p2pcollab.shards import ShardTensors, restore_branch, restore_stem
+from p2pcollab.training import (
+    LeaseResult,
+    accuracy,
+    evaluate_shards,
+    train_branches,
+    train_stem,
+)
+
+T0, T1 = ShardId("t0"), ShardId("t1")
+
+
+def _initial(spec: RunSpec, *shards: ShardId) -> dict[ShardId, ShardTensors]:
+    return {shard: initial_shard(spec, shard) for shard in shards}
+
+
+def _train_bundle(
+    spec: RunSpec, *shards: ShardId, batches: int = 10, on_step: training.OnStep | None = None
+) -> LeaseResult:
+    return train_branches(
+        spec,
+        initial_shard(spec, STEM),
+        _initial(spec, *shards),
+        examples(spec, batches=batches),
+        start_progress=dict.fromkeys(shards, 0.3),
+        samples=batches * 16,
+        on_step=on_step,
+    )
+
+
+def _equal(left: ShardTensors, right: ShardTensors) -> bool:
+    return left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
+
+
+def test_same_tensors_and_batches_make_the_same_contribution() -> None:
+    spec = model_spec()
+    torch.manual_seed(1)
+    first = _train_bundle(spec, T0, T1)
+    torch.manual_seed(2)
+    state = torch.get_rng_state()
+    second = _train_bundle(spec, T0, T1)
+    assert all(_equal(first.tensors[shard], second.tensors[shard]) for shard in (T0, T1))
+    assert first.losses == second.losses
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_branch_does_not_depend_on_the_others_of_its_bundle() -> None:
+    spec = model_spec(tasks=((0,), (1, 2), (3,)))
+    together = _train_bundle(spec, T0, T1)
+    assert _equal(together.tensors[T0], _train_bundle(spec, T0).tensors[T0])
+    assert _equal(together.tensors[T1], _train_bundle(spec, T1).tensors[T1])
+
+
+def test_lease_leaves_its_inputs_as_they_were() -> None:
+    spec = model_spec()
+    stem, branch = initial_shard(spec, STEM), initial_shard(spec, T0)
+    given = copy.deepcopy((stem, branch))
+    batches = list(examples(spec, batches=3))
+    train_branches(spec, stem, {T0: branch}, batches, start_progress={T0: 0.3}, samples=48)
+    train_stem(spec, stem, batches, start_progress=0.3, samples=48)
+    assert _equal(stem, given[0])
+    assert _equal(branch, given[1])
+
+
+def test_result_says_what_was_trained_and_what_it_cost() -> None:
+    spec = model_spec()
+    seconds = itertools.count()
+    stem = train_stem(
+        spec,
+        initial_shard(spec, STEM),
+        examples(spec, batches=4),
+        start_progress=0.0,
+        samples=1000,
+        clock=lambda: float(next(seconds)),
+    )
+    assert (stem.samples, stem.macs, stem.seconds) == (64, 64 * cost.training_macs(spec, [STEM]), 1.0)
+    assert stem.tensors.keys() == stem.losses.keys() == {STEM}
+    bundle = _train_bundle(spec, T0, T1, batches=4)
+    assert (bundle.samples, bundle.macs) == (64, 64 * cost.training_macs(spec, [T0, T1]))
+    assert bundle.tensors.keys() == bundle.losses.keys() == {T0, T1}
+
+
+def test_lease_ends_with_its_samples_though_more_batches_come() -> None:
+    spec = model_spec()
+    batches = examples(spec, batches=100)
+    result = train_stem(spec, initial_shard(spec, STEM), batches, start_progress=0.0, samples=40)
+    assert result.samples == 48
+    assert sum(1 for _ in batches) == 97
+
+
+def test_stopped_lease_covers_the_samples_done() -> None:
+    spec = model_spec()
+    seen: list[tuple[int, set[ShardId]]] = []
+
+    def stop_at_third(done: int, losses: Mapping[ShardId, float]) -> bool:
+        seen.append((done, set(losses)))
+        return done < 48
+
+    stopped = _train_bundle(spec, T0, on_step=stop_at_third)
+    assert seen == [(16, {T0}), (32, {T0}), (48, {T0})]
+    assert stopped.samples == 48
+    assert _equal(stopped.tensors[T0], _train_bundle(spec, T0, batches=3).tensors[T0])
+
+
+def test_lease_without_batches_changes_nothing() -> None:
+    spec = model_spec()
+    result = train_branches(
+        spec, initial_shard(spec, STEM), _initial(spec, T0), [], start_progress={T0: 0.0}, samples=16
+    )
+    assert (result.samples, result.macs, result.losses) == (0, 0, {T0: 0.0})
+    assert _equal(result.tensors[T0], initial_shard(spec, T0))
+
+
+def test_reported_loss_is_the_mean_of_the_last_tenth() -> None:
+    spec = model_spec()
+    losses: list[float] = []
+
+    def keep(_: int, by_shard: Mapping[ShardId, float]) -> bool:
+        losses.append(by_shard[T0])
+        return True
+
+    result = _train_bundle(spec, T0, batches=20, on_step=keep)
+    assert result.losses[T0] == pytest.approx(sum(losses[-2:]) / 2)
+
+
+def test_every_branch_has_the_learning_rate_of_its_own_progress() -> None:
+    spec = model_spec()
+    result = train_branches(
+        spec,
+        initial_shard(spec, STEM),
+        _initial(spec, T0, T1),
+        examples(spec, batches=3),
+        start_progress={T0: 1.0, T1: 0.3},
+        samples=48,
+    )
+    name = "head.weight"
+    assert torch.equal(result.tensors[T0][name], initial_shard(spec, T0)[name])
+    assert not torch.equal(result.tensors[T1][name], initial_shard(spec, T1)[name])
+
+
+def test_learning_rate_rises_over_the_warm_up_then_falls_to_zero() -> None:
+    schedule = Schedule(budget_samples=1, lease_samples=1, batch_size=2, peak_lr=0.4, warmup_fraction=0.2)
+    rates = [learning_rate(schedule, progress / 100) for progress in range(101)]
+    assert rates[0] == 0
+    assert rates[10] == pytest.approx(0.2)
+    assert max(rates) == rates[20] == pytest.approx(0.4)
+    assert rates[60] == pytest.approx(0.2)
+    assert rates[100] == pytest.approx(0, abs=1e-12)
+    assert rates[20:] == sorted(rates[20:], reverse=True)
+    assert learning_rate(schedule, 1.5) == pytest.approx(0, abs=1e-12)
+    falling_only = schedule.model_copy(update={"warmup_fraction": 0.0})
+    assert learning_rate(falling_only, 0.0) == pytest.approx(0.4)
+
+
+def test_divergence_is_an_error_that_says_what_to_do() -> None:
+    spec = model_spec()
+    images, labels = next(examples(spec, batches=1))
+    poisoned = [(images * math.inf, labels)]
+    with pytest.raises(RunError, match="lower learning rate"):
+        train_stem(spec, initial_shard(spec, STEM), poisoned, start_progress=0.3, samples=16)
+
+
+def test_small_networks_stay_in_float32() -> None:
+    with training.autocast_for("cpu", model_spec()):
+        assert not torch.is_autocast_enabled("cpu")
+
+
+def test_large_networks_use_bf16_where_the_device_has_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = model_spec("alexnet", channels=3, height=32, width=32)
+    for native in (True, False):
+        monkeypatch.setattr(training, "native_bf16", lambda _device, native=native: native)
+        with training.autocast_for("cpu", spec):
+            assert torch.is_autocast_enabled("cpu") == native
+
+
+def test_trained_tensors_are_float32_whatever_the_arithmetic(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(training, "BF16_MACS_MIN", 0)
+    monkeypatch.setattr(training, "native_bf16", lambda _device: True)
+    result = _train_bundle(model_spec(), T0, batches=2)
+    assert {tensor.dtype for tensor in result.tensors[T0].values()} == {torch.float32, torch.int64}
+
+
+def test_stem_and_branches_trained_apart_assemble_to_a_model_that_has_learned() -> None:
+    spec = model_spec(tasks=((0,), (1, 2), (3,), (3, 4)))
+    tasks = tuple(shard for shard in spec.shards if shard != STEM)
+    stem = train_stem(
+        spec, initial_shard(spec, STEM), examples(spec, batches=42), start_progress=0.0, samples=672
+    ).tensors[STEM]
+    branches = train_branches(
+        spec,
+        stem,
+        _initial(spec, *tasks),
+        examples(spec, batches=60),
+        start_progress=dict.fromkeys(tasks, 0.0),
+        samples=960,
+    ).tensors
+    model = GlobalModel(
+        spec,
+        restore_stem(spec, stem),
+        {shard: restore_branch(spec, spec.task(shard), branches[shard]) for shard in tasks},
+    )
+    assert accuracy(model, examples(spec, batches=10, seed=9)) > 0.95
+    for shards in (tasks, (STEM,)):
+        trained = {shard: branches[shard] for shard in shards if shard != STEM}
+        evaluation = evaluate_shards(spec, stem, trained, examples(spec, batches=10, seed=9))
+        assert evaluation.samples == 160
+        assert evaluation.macs == 160 * cost.evaluation_macs(spec, shards)
+        assert evaluation.scores.keys() == set(shards)
+        assert all(score.accuracy > 0.9 and score.loss < 0.4 for score in evaluation.scores.values())
+
+
+def test_branch_that_always_says_other_scores_half() -> None:
+    spec = model_spec()
+    branch = initial_shard(spec, T0)
+    branch["head.bias"] = torch.tensor([-50.0, 50.0])
+    scores = evaluate_shards(spec, initial_shard(spec, STEM), {T0: branch}, examples(spec, batches=10)).scores
+    assert scores[T0].accuracy == pytest.approx(0.5)
+
+
+def test_evaluation_without_examples_knows_nothing() -> None:
+    spec = model_spec()
+    evaluation = evaluate_shards(spec, initial_shard(spec, STEM), _initial(spec, T0), [])
+    assert evaluation.samples == evaluation.macs == 0
+    assert evaluation.scores[T0].accuracy == 0.0
+
+
+def test_dense_network_learns_on_the_same_schedule() -> None:
+    spec = model_spec()
+    dense, macs = training.train_dense(spec, examples(spec, batches=60))
+    assert macs == 960 * cost.training_macs_dense(spec)
+    assert accuracy(dense, examples(spec, batches=10, seed=9)) > 0.95
+    outputs, labels = training.log_probabilities(dense, examples(spec, batches=2, seed=9))
+    assert outputs.shape == (32, 4)
+    assert labels.shape == (32,)
