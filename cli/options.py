@@ -1,0 +1,224 @@
+"""Options that several commands share, each defined once."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Final
+
+import typer
+
+from ..errors import UsageError
+
+_DATA: Final = "Data"
+_TRAINING: Final = "What this device trains"
+_NETWORK: Final = "Network"
+_CODE_VARIABLE: Final = "P2PCOLLAB_CODE"
+
+State = Annotated[
+    Path | None,
+    typer.Option(
+        "--state",
+        metavar="DIR",
+        envvar="P2PCOLLAB_STATE",
+        show_default=False,
+        help="State folder of this device; by default where `p2pcollab paths` says.",
+    ),
+]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")]
+Code = Annotated[
+    str | None,
+    typer.Option(
+        "--code",
+        metavar="CODE",
+        show_default=False,
+        help=f"Join code; `-` reads it from standard input. ${_CODE_VARIABLE} does too, unseen by `ps`.",
+    ),
+]
+
+Data = Annotated[
+    str | None,
+    typer.Option(
+        "--data",
+        metavar="SOURCE",
+        rich_help_panel=_DATA,
+        show_default=False,
+        help="A folder with one folder of images per class, `torchvision:NAME`, or `digits`.",
+    ),
+]
+DataRoot = Annotated[
+    Path | None,
+    typer.Option(
+        "--data-root",
+        metavar="DIR",
+        rich_help_panel=_DATA,
+        show_default=False,
+        help="Where torchvision keeps its data sets.",
+    ),
+]
+Download = Annotated[
+    bool, typer.Option("--download", rich_help_panel=_DATA, help="Let torchvision download what is missing.")
+]
+ShareOption = Annotated[
+    str | None,
+    typer.Option(
+        "--share",
+        metavar="I/N",
+        rich_help_panel=_DATA,
+        show_default=False,
+        help="Use only the I-th of N equal parts of the training data, for example 2/5.",
+    ),
+]
+Limit = Annotated[
+    int | None,
+    typer.Option(
+        "--limit",
+        min=1,
+        metavar="N",
+        rich_help_panel=_DATA,
+        show_default=False,
+        help="Use at most N training images, before they are divided.",
+    ),
+]
+
+Prefer = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--prefer",
+        metavar="CLASS,…",
+        rich_help_panel=_TRAINING,
+        show_default=False,
+        help="Classes that this device would rather train.",
+    ),
+]
+Tasks = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--tasks",
+        metavar="CLASS,…",
+        rich_help_panel=_TRAINING,
+        show_default=False,
+        help="Train the tasks of these classes only (and the stem).",
+    ),
+]
+Budget = Annotated[
+    float,
+    typer.Option(
+        "--budget",
+        min=0.05,
+        max=1.0,
+        metavar="0.05..1",
+        rich_help_panel=_TRAINING,
+        help="Share of this machine that training may use.",
+    ),
+]
+Threads = Annotated[
+    int | None,
+    typer.Option(
+        "--threads",
+        min=1,
+        max=256,
+        metavar="N",
+        rich_help_panel=_TRAINING,
+        show_default=False,
+        help="Threads of the trainer; by default what the budget allows.",
+    ),
+]
+Replicate = Annotated[
+    str,
+    typer.Option(
+        "--replicate",
+        metavar="quota|all",
+        rich_help_panel=_TRAINING,
+        help="Keep this device's share of the model, or all of it.",
+    ),
+]
+
+Interface = Annotated[
+    str | None,
+    typer.Option(
+        "--interface",
+        metavar="NAME|ADDRESS",
+        rich_help_panel=_NETWORK,
+        show_default=False,
+        help="Network interface; chosen and named when not given.",
+    ),
+]
+Port = Annotated[
+    int,
+    typer.Option(
+        "--port",
+        min=0,
+        max=65535,
+        rich_help_panel=_NETWORK,
+        help="Port that peers connect to; 0 takes a free one.",
+    ),
+]
+Peer = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--peer",
+        metavar="ADDRESS",
+        rich_help_panel=_NETWORK,
+        show_default=False,
+        help="Address of a device of the run, where it is not found by itself. May be repeated.",
+    ),
+]
+Nickname = Annotated[
+    str | None,
+    typer.Option(
+        "--name",
+        metavar="NAME",
+        rich_help_panel=_NETWORK,
+        show_default=False,
+        help="This device's name for people; the host's by default.",
+    ),
+]
+Detach = Annotated[
+    bool,
+    typer.Option("--detach", "-d", help="Return once the daemon runs; `watch` and `leave` find it."),
+]
+
+
+def join_code(given: str | None) -> str | None:
+    """The join code from the option, standard input or the environment; None when there is none.
+
+    Raises:
+        UsageError: it is not a join code.
+    """
+    text = given if given is not None else os.environ.get(_CODE_VARIABLE) or None
+    if text == "-":
+        text = sys.stdin.readline()
+    if text is None:
+        return None
+    from ..run import JoinCode
+
+    return str(JoinCode.parse(text))
+
+
+def listed(values: Sequence[str] | None) -> tuple[str, ...]:
+    """Names from options that may be repeated and may hold several, separated by commas."""
+    names = (name.strip() for value in values or () for name in value.split(","))
+    return tuple(dict.fromkeys(name for name in names if name))
+
+
+def data_source(given: str | None) -> str | None:
+    """A data source that means the same in the daemon, whose working folder is another.
+
+    Raises:
+        UsageError: it is a path with nothing there.
+    """
+    if given is None or given == "digits" or given.startswith("torchvision:"):
+        return given
+    path = Path(given).expanduser().absolute()
+    if not path.exists():
+        fix = "give a folder with one folder of images per class, `torchvision:NAME`, or `digits`"
+        raise UsageError(f"--data: there is no folder {given}", fix)
+    return str(path)
+
+
+def folder(given: Path | None) -> Path | None:
+    """A folder as an absolute path."""
+    return None if given is None else given.expanduser().absolute()

@@ -1,0 +1,1 @@
+"""The daemon: one device's life. It performs what `p2pcollab` decides."""

@@ -1,0 +1,159 @@
+"""Several real daemons on this machine: how the demo, the tests and the fault scripts run them."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import psutil
+
+from ..errors import NotRunningError, P2PCollabError
+from .api_client import ApiClient, ModelFile
+from .launcher import Launched, launch
+
+_POLL_S = 0.1
+
+
+class LocalDevice:
+    """One daemon of a fleet. `options` are `DaemonOptions` fields; `state` is its folder."""
+
+    def __init__(
+        self, name: str, state: Path, options: Mapping[str, Any], prefix: Sequence[str] = ()
+    ) -> None:
+        """
+        Args:
+            prefix: put before every command, e.g. to run it in a network namespace.
+        """
+        self.name = name
+        self.prefix = tuple(prefix)
+        self.state = state
+        self.options = {"interface": "127.0.0.1", **options, "state": str(state), "nickname": name}
+        self.launched: Launched | None = None
+
+    def start(self, **changes: Any) -> LocalDevice:
+        """Start the daemon (again); `changes` replace options."""
+        self.options.update(changes)
+        self.launched = launch({**self.options, "attached": True}, prefix=self.prefix)
+        return self
+
+    def assemble(self) -> ModelFile:
+        """The global model from this device."""
+        with ApiClient(self.state) as client:
+            return client.assemble()
+
+    @property
+    def running(self) -> bool:
+        """Whether the daemon's process lives."""
+        return self.launched is not None and self.launched.process.poll() is None
+
+    def status(self) -> dict[str, Any] | None:
+        """The daemon's status, or None while it cannot answer."""
+        if self.prefix:
+            return self._status_by_command()
+        with suppress(NotRunningError), ApiClient(self.state) as client:
+            return client.status()
+        return None
+
+    def _status_by_command(self) -> dict[str, Any] | None:
+        # The API listens on the loopback interface of the device's own network namespace.
+        command = [*self.prefix, sys.executable, "-m", "p2pcollab.cli", "status", "--json"]
+        reply = subprocess.run(
+            [*command, "--state", str(self.state)], capture_output=True, text=True, check=False
+        )
+        return json.loads(reply.stdout) if reply.returncode == 0 else None
+
+    def processes(self) -> dict[str, psutil.Process]:
+        """The device's processes by part: `daemon`, `trainer`, `p2pd`."""
+        if self.launched is None or not self.running:
+            return {}
+        found = {"daemon": psutil.Process(self.launched.pid)}
+        for child in found["daemon"].children(recursive=True):
+            with suppress(psutil.NoSuchProcess):
+                command = " ".join(child.cmdline())
+                if "p2pd" in child.name():
+                    found["p2pd"] = child
+                elif "trainer_process" in command:
+                    found["trainer"] = child
+        return found
+
+    def kill(self, part: str = "daemon") -> None:
+        """SIGKILL one part of the device."""
+        process = self.processes().get(part)
+        if process is None:
+            raise P2PCollabError(f"{self.name} has no process {part!r} to kill")
+        process.kill()
+        if part == "daemon":
+            assert self.launched is not None
+            self.launched.process.wait()
+
+    def ask_to_leave(self) -> None:
+        """Begin to leave: the end of its standard input tells an attached daemon so."""
+        if self.launched is not None and self.launched.process.stdin is not None:
+            with suppress(BrokenPipeError):
+                self.launched.process.stdin.close()
+
+    def leave(self, timeout_s: float = 30.0) -> int:
+        """Ask the daemon to leave; its exit code. Killed when it has not ended in time."""
+        if self.launched is None:
+            return 0
+        process = self.launched.process
+        self.ask_to_leave()
+        try:
+            return process.wait(timeout_s)
+        except subprocess.TimeoutExpired:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            return process.wait()
+
+
+class Fleet:
+    """Devices that are all gone when the block ends, however it ends."""
+
+    def __init__(self) -> None:
+        self.devices: list[LocalDevice] = []
+
+    def __enter__(self) -> Fleet:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for device in self.devices:
+            device.ask_to_leave()
+        for device in self.devices:
+            device.leave()
+
+    def add(
+        self, name: str, state: Path, *, prefix: Sequence[str] = (), **options: Any
+    ) -> LocalDevice:
+        """A device that is not started yet; `options` are `DaemonOptions` fields."""
+        device = LocalDevice(name, state, options, prefix)
+        self.devices.append(device)
+        return device
+
+    def statuses(self) -> dict[str, dict[str, Any] | None]:
+        """Status by device name."""
+        return {device.name: device.status() for device in self.devices}
+
+
+def wait_until(condition: Callable[[], bool], *, timeout_s: float, what: str) -> float:
+    """Poll a condition that other processes make true; the seconds that it took.
+
+    Raises:
+        P2PCollabError: it did not become true in time.
+    """
+    start = time.monotonic()
+    while not condition():
+        if time.monotonic() - start > timeout_s:
+            raise P2PCollabError(f"waited {timeout_s:.0f} s in vain for {what}")
+        time.sleep(_POLL_S)
+    return time.monotonic() - start

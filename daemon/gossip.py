@@ -1,0 +1,375 @@
+"""Gossip: ledgers and shards spread from device to device until everybody has what it needs.
+
+Pull-based anti-entropy every `ROUND_S`, and a push of new contributions to a few devices at once, which spares
+most rounds their work. Handlers answer from the ledger and the store; nothing here decides what to train.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterable, Sequence
+from typing import Final
+
+import anyio
+import structlog
+
+from ..errors import NotAuthorisedError, P2PCollabError, PeerError, StorageError
+from ..holdings import Want
+from ..keys import device_of_peer, peer_id
+from ..ledger import Contribution
+from ..run import DeviceId
+from ..screen import reason_to_refuse
+from ..wire import (
+    Download,
+    Exchange,
+    ExchangeReply,
+    Fetch,
+    Hello,
+    HelloReply,
+    Push,
+    PushReply,
+    decode_contribution,
+    encode_contribution,
+    first_page,
+)
+from .board import Board
+from .calls import RefusalError, UnreachableError
+from .session import Session
+from .trainer import TrainerDied
+
+log = structlog.get_logger()
+
+#: Longer: news that a push missed arrives later. Shorter: more messages when nothing happens.
+ROUND_S: Final = 2.0
+#: Shards fetched at a time; more only share the same link.
+_FETCHES_AT_ONCE: Final = 4
+_TRIES_PER_HOLDER: Final = 2
+#: Pages of one exchange; what is more is left to the next round.
+_PAGES_MAX: Final = 32
+
+
+class Gossip:
+    """One device's part in it: the answers to its peers, and its own questions."""
+
+    def __init__(self, session: Session, board: Board) -> None:
+        self._session = session
+        self._board = board
+        #: Peer id of each device that has shown one.
+        self._peers: dict[DeviceId, str] = {}
+        #: Digests on their way here, and what tells that they came or did not.
+        self.fetching: dict[str, anyio.Event] = {}
+        #: Devices that have fetched each of this device's shards: whether its work outlives it.
+        self.fetched_by: dict[str, set[DeviceId]] = {}
+
+    # Answers to peers: `calls.Handlers`
+
+    async def hello(self, peer: str, request: Hello) -> HelloReply:
+        """Give the run spec."""
+        del peer
+        if not self._session.run_id.startswith(request.run_prefix):
+            raise RefusalError("not-found", "this device takes part in another run")
+        return HelloReply(spec=self._session.store.spec)
+
+    async def exchange(self, peer: str, request: Exchange) -> ExchangeReply:
+        """Compare ledgers."""
+        del peer
+        ledger = self._session.coordinator.ledger
+        root = ledger.digest()
+        if request.root == root:
+            return ExchangeReply(root=root, entries=(), want=())
+        theirs = request.summary_map()
+        newer = ledger.newer_than(theirs)
+        if request.shards:
+            newer = tuple(entry for entry in newer if entry.shard in request.shards)
+        return ExchangeReply(
+            root=root, entries=first_page(map(encode_contribution, newer)), want=ledger.older_than(theirs)
+        )
+
+    async def push(self, peer: str, request: Push) -> PushReply:
+        """Take contributions and the caller's record."""
+        if request.record:
+            self._board.learn(request.record, device_of_peer(peer))
+            await self.observe(fresh=False)
+        return PushReply(accepted=len(self.take(request.entries, device_of_peer(peer))))
+
+    async def fetch(self, peer: str, request: Fetch) -> bytes | None:
+        """A shard's bytes."""
+        data = await asyncio.to_thread(self._session.store.get_shard, request.digest)
+        if data is not None:
+            self.fetched_by.setdefault(request.digest, set()).add(device_of_peer(peer))
+        return data
+
+    # The board
+
+    async def observe(self, *, fresh: bool = True) -> None:
+        """Let the coordinator see the board; `fresh`: read it anew first."""
+        session = self._session
+        records = await self._board.read() if fresh else self._board.newest()
+        others = [record for record in records if record.device != session.device]
+        for record in others:
+            session.names[DeviceId(record.device)] = record.name
+        session.coordinator.observe_board(others, session.clock())
+
+    # The ledger
+
+    def take(self, encoded: Iterable[bytes], source: DeviceId) -> tuple[Contribution, ...]:
+        """Verify contributions and take in the acceptable ones; those that were new.
+
+        Raises:
+            PeerError: one of them is not what a device of the run would send.
+        """
+        acceptable = []
+        for data in encoded:
+            contribution = decode_contribution(data, self._session.run_id)
+            reason = reason_to_refuse(contribution, self._session.spec)
+            if reason is None:
+                acceptable.append(contribution)
+            else:
+                self._refuse(contribution, reason)
+        new = self.enter(acceptable)
+        if new:
+            log.info("heard", entries=len(new), source=source)
+        return new
+
+    def enter(self, contributions: Sequence[Contribution]) -> tuple[Contribution, ...]:
+        """Store contributions and enter them into the ledger; those that were new.
+
+        Raises:
+            StorageError: they could not be stored, and were not entered.
+        """
+        session = self._session
+        ledger = session.coordinator.ledger
+        fresh = [
+            entry
+            for entry in contributions
+            if (held := ledger.get(*entry.key)) is None or entry.version > held.version
+        ]
+        if not fresh:
+            return ()
+        session.store.put_contributions(
+            (entry.shard, entry.device, encode_contribution(entry)) for entry in fresh
+        )
+        complete = session.coordinator.complete
+        new = session.coordinator.receive(fresh, session.clock())
+        if session.coordinator.complete and not complete:
+            session.events.add("complete", "the run is complete: every shard has seen its samples")
+            session.record_bell.ring()
+        session.work_bell.ring()
+        session.fetch_bell.ring()
+        return new
+
+    def restore(self, encoded: Iterable[bytes]) -> None:
+        """Enter what the store remembers; what is damaged there is left to the peers to give again."""
+        session = self._session
+        known = []
+        for data in encoded:
+            try:
+                known.append(decode_contribution(data, session.run_id))
+            except PeerError as error:
+                session.warn("store", f"a stored contribution is damaged and was left out: {error}")
+        session.coordinator.receive(known, session.clock())
+
+    def _refuse(self, contribution: Contribution, reason: str) -> None:
+        session = self._session
+        session.counters.refused += 1
+        session.events.add(
+            "refused",
+            f"a contribution of {session.name(contribution.device)} to "
+            f"{session.labels([contribution.shard]) or contribution.shard} was refused: {reason}",
+            device=contribution.device,
+            shard=contribution.shard,
+            reason=reason,
+        )
+
+    # Rounds
+
+    async def run(self) -> None:
+        """Exchange ledgers with some devices in each round, for ever."""
+        session = self._session
+        while True:
+            partners = session.coordinator.partners(session.clock())
+            async with anyio.create_task_group() as tasks:
+                for device in partners:
+                    tasks.start_soon(self.exchange_with, device)
+            # Rounds of all devices at the same moments would come in bursts; the jitter spreads them.
+            await anyio.sleep(ROUND_S * (0.75 + 0.5 * session.random.random()))
+
+    async def exchange_all(self) -> None:
+        """Exchange ledgers with every live device, once."""
+        async with anyio.create_task_group() as tasks:
+            for device in self._session.coordinator.live(self._session.clock()):
+                if device != self._session.device:
+                    tasks.start_soon(self.exchange_with, device)
+
+    async def exchange_with(self, device: DeviceId) -> None:
+        """Make this ledger and a device's equal, as far as it answers."""
+        peer = self.peer_of(device)
+        if peer is None:
+            return
+        try:
+            for _ in range(_PAGES_MAX):
+                if not await self._exchange_page(device, peer):
+                    return
+        except UnreachableError:
+            return
+        except (PeerError, NotAuthorisedError, StorageError) as error:
+            log.warning("exchange failed", device=device, reason=str(error))
+
+    async def _exchange_page(self, device: DeviceId, peer: str) -> bool:
+        """One message pair, and a push where the other side lacks something; whether there may be more."""
+        ledger = self._session.coordinator.ledger
+        reply = await self._session.transport.exchange(
+            peer, Exchange.create(ledger.digest(), ledger.summary())
+        )
+        new = self.take(reply.entries, device)
+        lacking = [entry for key in reply.want if (entry := ledger.get(*key)) is not None]
+        page = first_page(map(encode_contribution, lacking))
+        if page:
+            await self._session.transport.push(peer, Push(entries=page))
+        return bool(new) or len(page) < len(lacking)
+
+    async def push_news(self, contributions: Sequence[Contribution]) -> None:
+        """Tell some devices at once what is new here, and what this device does now."""
+        entries = first_page(map(encode_contribution, contributions))
+        devices = self._session.coordinator.hints(self._session.clock())
+        await self._push_to(devices, Push(entries=entries, record=self._board.sealed))
+
+    async def hand_over(self) -> None:
+        """Wait until another device holds what only this one has made, for as long as there are others.
+
+        The frontier's tensors are fetched by their quota of devices within seconds; this only waits for it.
+        """
+        session = self._session
+        while len(session.coordinator.live(session.clock())) > 1:
+            own = [
+                entry.tensors_digest
+                for shard in session.spec.shards
+                for entry in session.coordinator.ledger.frontier(shard)
+                if entry.device == session.device
+            ]
+            if all(self.fetched_by.get(digest) for digest in own):
+                return
+            await self.exchange_all()
+            await anyio.sleep(0.25)
+
+    async def say_goodbye(self) -> None:
+        """Tell every live device that this one leaves."""
+        devices = self._session.coordinator.live(self._session.clock())
+        await self._push_to(devices, Push(entries=(), record=self._board.sealed))
+
+    async def _push_to(self, devices: Sequence[DeviceId], push: Push) -> None:
+        async def send(peer: str) -> None:
+            try:
+                await self._session.transport.push(peer, push)
+            except P2PCollabError as error:
+                log.info("push failed", peer=peer, reason=str(error))
+
+        async with anyio.create_task_group() as tasks:
+            for device in devices:
+                peer = self.peer_of(device)
+                if peer is not None and device != self._session.device:
+                    tasks.start_soon(send, peer)
+
+    def peer_of(self, device: DeviceId) -> str | None:
+        """The libp2p peer id of a device, once it has shown one: its record or a contribution does."""
+        known = self._peers.get(device)
+        if known is None:
+            known = self._board.peer_of(device) or self._author(device)
+            if known is not None:
+                self._peers[device] = known
+        return known
+
+    def _author(self, device: DeviceId) -> str | None:
+        for entry in self._session.coordinator.ledger.entries.values():
+            if entry.device == device:
+                return peer_id(entry.public_key)
+        return None
+
+    # Shards
+
+    async def fetch_wanted(self) -> None:
+        """Fetch what the coordinator wants as soon as it wants it, for ever."""
+        session = self._session
+        while True:
+            held = session.store.digests()
+            wants = [
+                want
+                for want in session.coordinator.wanted(held, session.clock())
+                if want.digest not in self.fetching and want.holders
+            ]
+            async with anyio.create_task_group() as tasks:
+                for want in wants[:_FETCHES_AT_ONCE]:
+                    tasks.start_soon(self.fetch_one, want)
+            if not wants:
+                await session.fetch_bell.wait(0.5)
+
+    async def fetch_all(self, wants: Sequence[Want]) -> None:
+        """Fetch these, for an assembly; those that nobody gives are left out."""
+        gate = anyio.CapacityLimiter(_FETCHES_AT_ONCE)
+
+        async def fetch(want: Want) -> None:
+            async with gate:
+                await self.fetch_one(want)
+
+        async with anyio.create_task_group() as tasks:
+            for want in wants:
+                tasks.start_soon(fetch, want)
+
+    async def fetch_one(self, want: Want) -> bool:
+        """Fetch one shard from the first holder that gives it, check it, keep it; whether it is here now."""
+        session = self._session
+        underway = self.fetching.get(want.digest)
+        if underway is not None:
+            await underway.wait()
+            return session.store.has(want.digest)
+        self.fetching[want.digest] = anyio.Event()
+        try:
+            data = await self._download(want)
+            if data is None:
+                return False
+            await asyncio.to_thread(session.store.put_shard, data)
+            session.work_bell.ring()
+            return await self._screen(want)
+        except StorageError as error:
+            session.warn("disk", str(error))
+            return False
+        except TrainerDied:
+            return True  # it is here; whoever merges it checks its form
+        finally:
+            self.fetching.pop(want.digest).set()
+
+    async def _download(self, want: Want) -> bytes | None:
+        """The shard's bytes from its holders in turn; what one of them began, the next goes on with."""
+        session = self._session
+        download = Download(want.digest, want.size)
+        for device in want.holders:
+            peer = self.peer_of(device)
+            for _ in range(_TRIES_PER_HOLDER if peer is not None else 0):
+                try:
+                    await session.transport.fetch_part(peer, download)
+                    return await asyncio.to_thread(download.finish)
+                except RefusalError as error:
+                    if error.code == "not-found":
+                        break
+                except (PeerError, UnreachableError, NotAuthorisedError) as error:
+                    log.info("fetch failed", device=device, digest=want.digest, reason=str(error))
+                    if download.complete:
+                        download = Download(want.digest, want.size)  # all came, and it was not what was asked
+            session.coordinator.refused(want.digest, device, session.clock())
+        return None
+
+    async def _screen(self, want: Want) -> bool:
+        """Refuse tensors that must not be merged, and the contribution that brought them."""
+        session = self._session
+        entries = [
+            entry
+            for entry in session.coordinator.ledger.of_shard(want.shard)
+            if entry.tensors_digest == want.digest
+        ]
+        reasons = await session.trainer.check(entries, session.store.get_shard)
+        for entry, reason in zip(entries, reasons, strict=True):
+            if reason is not None:
+                session.coordinator.reject(entry.tensors_digest)
+                self._refuse(entry, reason)
+        return not any(reasons)
+

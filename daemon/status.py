@@ -1,0 +1,187 @@
+"""The status: the state of a device, its run and its peers as JSON values, for the API and all that show it."""
+
+from __future__ import annotations
+
+import os
+import platform
+import resource
+import sys
+from typing import TYPE_CHECKING, Any, cast
+
+from .. import limits
+from ..run import DeviceId, RunSpec
+
+if TYPE_CHECKING:
+    from ..records import DeviceRecord
+    from .node import Node
+    from .session import Session
+
+
+def status(node: Node) -> dict[str, Any]:
+    """Everything, as `GET /v1/status` answers. Before the run is known, what belongs to it is empty."""
+    session = node.session
+    spec = session.spec if session else None
+    ledger = session.coordinator.ledger if session else None
+    shards = _shards(session) if session else []
+    trained = [row for row in shards if row["shard"] != "stem" and row["generation"]]
+    covered = {
+        index for row in trained for index in (spec.task(row["shard"]).classes if spec else ())
+    }
+    return {
+        "run": {
+            "id": spec.run_id if spec else None,
+            "name": spec.name if spec else None,
+            "classes": list(spec.classes) if spec else [],
+            "model": spec.model.family if spec else None,
+            "join_code": str(node.code),
+        },
+        "device": _device(node),
+        "phase": _phase(node),
+        "work": _work(node),
+        "shards": shards,
+        "peers": _peers(session) if session else [],
+        "ledger": {
+            "digest": ledger.digest().hex() if ledger else None,
+            "entries": len(ledger) if ledger else 0,
+        },
+        "coverage": len(covered) / len(spec.classes) if spec else 0.0,
+        "progress": _progress(session.spec, shards) if session else 0.0,
+        "complete": session.coordinator.complete if session else False,
+        "counters": counters(node),
+        "timings": node.timings.to_status(),
+        "warnings": sorted(session.warnings.values()) if session else [],
+    }
+
+
+def counters(node: Node) -> dict[str, int]:
+    """What this device did in this run, with what the transport did since the daemon started."""
+    session = node.session
+    if session is None:
+        return {}
+    kept = session.counters
+    traffic = node.transport.counters
+    return {
+        "training_macs": kept.training_macs,
+        "contributions": kept.contributions,
+        "merges": kept.merges,
+        "refused": kept.refused,
+        "bytes_sent": kept.bytes_sent + traffic.bytes_sent,
+        "bytes_received": kept.bytes_received + traffic.bytes_received,
+        "peak_rss_bytes": kept.trainer_peak_rss_bytes + peak_rss_bytes(),
+        "trainer_restarts": kept.trainer_restarts,
+        "p2pd_restarts": kept.p2pd_restarts + traffic.p2pd_restarts,
+    }
+
+
+def peak_rss_bytes() -> int:
+    """The most memory that this process has ever had resident."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def printable_name(wanted: str | None) -> str:
+    """A device's name for people, fit for everybody's terminal."""
+    name = wanted or platform.node() or "device"
+    printable = "".join(character for character in name if character.isprintable())
+    return printable[: limits.NAME_CHARS_MAX] or "device"
+
+
+def _phase(node: Node) -> str:
+    session = node.session
+    if node.phase != "ready" or session is None:
+        return node.phase
+    if node.worker.progress is not None:
+        return "training"
+    return "complete" if session.coordinator.complete else "idle"
+
+
+def _device(node: Node) -> dict[str, Any]:
+    data = node.data
+    return {
+        "id": node.identity.device,
+        "name": node.device_name,
+        "state": node.session.coordinator.state if node.session else "idle",
+        "interface": node.interface.name,
+        "address": str(node.transport.address) if node.transport and node.transport.port else None,
+        "port": node.transport.port if node.transport else None,
+        "pid": os.getpid(),
+        "uptime_s": node.timings.uptime_s,
+        "speed_macs_s": node.speed_macs_s,
+        "budget": node.options.budget,
+        "data": {
+            "train": data.train if data else 0,
+            "test": data.test if data else 0,
+            "class_counts": list(data.class_counts) if data else [],
+            "notes": list(data.notes) if data else [],
+        },
+    }
+
+
+def _work(node: Node) -> dict[str, Any] | None:
+    progress = node.worker.progress if node.worker else None
+    if progress is None or node.session is None:
+        return None
+    labels = [node.session.spec.label(shard) for shard in progress.shards]
+    return progress.to_status(labels, node.session.clock())
+
+
+def _shards(session: Session) -> list[dict[str, Any]]:
+    ledger = session.coordinator.ledger
+    held = session.store.digests()
+    sightings = session.coordinator.sightings(session.clock())
+    holders: dict[str, list[str]] = {}
+    for shard in session.coordinator.leases:
+        holders.setdefault(shard, []).append(session.own_name)
+    for seen in sightings:
+        if seen.live:
+            for shard in seen.record.leases:
+                holders.setdefault(shard, []).append(session.name(DeviceId(seen.record.device)))
+    rows = []
+    for shard in session.spec.shards:
+        frontier = ledger.frontier(shard)
+        newest = max(frontier, key=lambda entry: entry.generation, default=None)
+        samples_by = ledger.seen(shard)
+        rows.append(
+            {
+                "shard": shard,
+                "label": session.spec.label(shard),
+                "progress": ledger.progress(shard, session.spec),
+                "generation": newest.generation if newest else 0,
+                "samples": sum(samples_by.values()),
+                "loss": newest.loss if newest else None,
+                "accuracy": newest.accuracy if newest else None,
+                "holders": sorted(holders.get(shard, [])),
+                "contributors": [session.name(device) for device in sorted(samples_by)],
+                "authors": [session.name(entry.device) for entry in frontier],
+                "samples_by": dict(samples_by),
+                "held": all(entry.tensors_digest in held for entry in frontier),
+            }
+        )
+    return rows
+
+
+def _peers(session: Session) -> list[dict[str, Any]]:
+    rows = []
+    for seen in session.coordinator.sightings(session.clock()):
+        record = cast("DeviceRecord", seen.record)
+        rows.append(
+            {
+                "device": record.device,
+                "name": record.name,
+                "state": record.state if seen.live or record.state == "left" else "gone",
+                "leases": list(record.leases) if seen.live else [],
+                "labels": [session.spec.label(s) for s in session.spec.shards if s in record.leases and seen.live],
+                "speed": record.speed,
+                "last_seen_s": seen.silent_s,
+                "address": record.addresses[0] if record.addresses else None,
+                "class_counts": list(record.class_counts),
+            }
+        )
+    return rows
+
+
+def _progress(spec: RunSpec, shards: list[dict[str, Any]]) -> float:
+    """Samples seen over all budgets."""
+    total = sum(spec.budget(row["shard"]) for row in shards)
+    return sum(min(row["samples"], spec.budget(row["shard"])) for row in shards) / total
+

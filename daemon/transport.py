@@ -1,0 +1,570 @@
+"""The transport: this device's p2pd, the links to its peers, and the calls between them.
+
+Every unary call on this p2pd, the DHT's own included, goes through `SealedP2P`: the request and the response
+carry a proof of the run secret that is bound to the method and to both peer ids, and neither a handler nor a
+stranger ever sees a byte of the other. (hivemind's authoriser would see neither sender nor receiver, so a
+stranger who is called by one device could hand the call on to another.)
+
+Shards follow on raw streams (see streams.py): hivemind's streaming handlers read whatever length a stranger
+declares.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import secrets
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from pathlib import Path
+from typing import Any, Final, TypeVar
+
+from hivemind.p2p import P2P, P2PContext, P2PDaemonError, P2PHandlerError, PeerID
+from hivemind.p2p.p2p_daemon_bindings.datastructures import StreamInfo
+from hivemind.utils.logging import use_hivemind_log_handler
+from hivemind.utils.multiaddr import Multiaddr
+
+from .. import limits
+from ..errors import NotAuthorisedError, P2PCollabError, PeerError, RunError
+from ..files import write_atomic
+from ..keys import Identity, RunKeys
+from ..wire import (
+    NONCE_BYTES,
+    Authenticator,
+    Download,
+    ErrorReply,
+    Exchange,
+    ExchangeReply,
+    Fetch,
+    Hello,
+    HelloReply,
+    Message,
+    Push,
+    PushReply,
+    StreamHeader,
+    decode_reply,
+)
+from . import streams
+from .addresses import AddressBook, PeerAddress
+from .calls import PREFIX, Counters, Handlers, RefusalError, UnreachableError, error_of_reply, error_reply
+from .interfaces import Interface
+from .p2pd import P2pdMark, check_port_is_free, end_stale_p2pd, make_socket_folder, remove_socket_folder
+
+#: Asks for nothing but the proof: requests are sealed against change, not against being read, so no other
+#: request leaves for a peer that has not answered or made one.
+_PROVE: Final = PREFIX + "prove"
+#: What a refusal starts with on the wire: hivemind sends the `repr` of a handler's exception.
+_REFUSED: Final = "p2pcollab refuses: "
+
+#: A link on a LAN takes milliseconds; a host that is gone answers nothing at all.
+_PROBE_S: Final = 1.5
+_CONNECT_S: Final = 4.0
+CALL_S: Final = 8.0
+#: p2pd ends by itself this long after its daemon was killed.
+_P2PD_IDLE_S: Final = 15
+_START_S: Final = 20.0
+_STOP_S: Final = 3.0
+#: Calls in a row without an answer after which a link is taken for dead and made anew: a cut cable leaves TCP
+#: connections that hang for minutes, but one slow answer of a busy device must not cut its other streams.
+_SILENT_CALLS_MAX: Final = 2
+
+_log = logging.getLogger(__name__)
+
+Request = TypeVar("Request", bound=Message)
+Reply = TypeVar("Reply", bound=Message)
+SealedHandler = Callable[[str, bytes], Awaitable[bytes]]
+
+
+class _Refused(Exception):
+    """Answers a stranger: hivemind sends the `repr`, and nothing else."""
+
+    def __repr__(self) -> str:
+        return _REFUSED + str(self)
+
+
+class SealedP2P(P2P):  # type: ignore[misc]  # hivemind has no types
+    """A p2pd whose unary calls all prove the run secret, in both directions.
+
+    Overrides the two methods through which hivemind 1.1.12 passes every unary call.
+    """
+
+    authenticator: Authenticator
+    counters: Counters
+    clock: Callable[[], float]
+    #: Peers that have proved that they know the run secret.
+    proved: set[str]
+
+    async def begin(
+        self, authenticator: Authenticator, counters: Counters, clock: Callable[[], float]
+    ) -> None:
+        """Have everything sealed from now on. (`create` is hivemind's, and takes no arguments of ours.)"""
+        self.authenticator, self.counters, self.clock = authenticator, counters, clock
+        self.proved = set()
+        await self.add_sealed_handler(_PROVE, _prove)
+
+    async def add_sealed_handler(self, name: str, handler: SealedHandler) -> None:
+        """Answer `name` with what `handler(peer, body)` returns."""
+
+        async def serve(request: bytes, remote: PeerID) -> bytes:
+            peer = remote.to_base58()
+            self.counters.received(name, len(request))
+            try:
+                body, nonce = self.authenticator.open_request(name, request, peer, self.clock())
+            except (PeerError, NotAuthorisedError) as error:
+                self.counters.refused += 1
+                raise _Refused(error.what) from None
+            self._trust(peer)
+            try:
+                response = await handler(peer, body)
+            except asyncio.CancelledError:
+                self._forget_cancelled_tasks()
+                raise
+            if len(response) > limits.UNARY_BYTES_MAX:
+                raise _Refused(f"the answer has {len(response)} bytes")
+            sealed = self.authenticator.seal_response(name, response, peer, nonce)
+            self.counters.sent(name, len(sealed))
+            return sealed
+
+        await self._client.add_unary_handler(name, serve)
+
+    async def call_sealed(self, remote: PeerID, name: str, body: bytes) -> bytes:
+        """The body of the response to a request with this body, which leaves only for a peer of the run.
+
+        Raises:
+            NotAuthorisedError: one of the two does not know the other's run secret, or clocks are far apart.
+            P2PDaemonError: no answer came.
+        """
+        if len(body) > limits.UNARY_BYTES_MAX:
+            raise RunError(f"a request has {len(body)} bytes, more than {limits.UNARY_BYTES_MAX}")
+        peer = remote.to_base58()
+        if peer not in self.proved and name != _PROVE:
+            await self.call_sealed(remote, _PROVE, b"")
+        nonce = secrets.token_bytes(NONCE_BYTES)
+        request = self.authenticator.seal_request(name, body, peer, self.clock(), nonce)
+        self.counters.sent(name, len(request))
+        try:
+            response: bytes = await self._client.call_unary_handler(remote, name, request)
+        except P2PHandlerError as error:
+            raise _from_handler_error(peer, str(error)) from error
+        self.counters.received(name, len(response))
+        opened = self.authenticator.open_response(name, response, peer, nonce)
+        self._trust(peer)
+        return opened
+
+    def _trust(self, peer: str) -> None:
+        # Bounded: who knows the secret can invent devices.
+        if len(self.proved) >= 4 * limits.DEVICES_MAX:
+            self.proved.clear()
+        self.proved.add(peer)
+
+    async def _add_protobuf_unary_handler(
+        self, handle_name: str, handler: Any, input_protobuf_type: Any, balanced: bool = False
+    ) -> None:
+        assert not balanced, "one daemon answers"
+
+        async def serve(peer: str, body: bytes) -> bytes:
+            context = P2PContext(handle_name, self.peer_id, PeerID.from_base58(peer))
+            response = await handler(input_protobuf_type.FromString(body), context)
+            serialized: bytes = response.SerializeToString()
+            return serialized
+
+        await self.add_sealed_handler(handle_name, serve)
+
+    async def _call_unary_protobuf_handler(
+        self, peer_id: PeerID, handle_name: str, input: Any, output_protobuf_type: Any
+    ) -> Any:
+        response = await self.call_sealed(peer_id, handle_name, input.SerializeToString())
+        return output_protobuf_type.FromString(response)
+
+    def _forget_cancelled_tasks(self) -> None:
+        # hivemind forgets a call's task when it ends, but not when the caller gave up.
+        tasks = self._client.control._handler_tasks
+        for call in [call for call, task in tasks.items() if task.done()]:
+            del tasks[call]
+
+    async def ended(self) -> None:
+        """Return when this p2pd can no longer be used, and fail the calls that wait for it.
+
+        Besides its death that is the end of one of hivemind's reading and writing tasks: an answer that comes
+        in the moment in which its call is cancelled ends the reader, and all calls would wait for ever.
+        """
+        control = self._client.control
+        child = asyncio.ensure_future(self._child.wait())
+        try:
+            ended, _ = await asyncio.wait(
+                {child, control._read_task, control._write_task, self._reader_task},
+                return_when=asyncio.FIRST_COMPLETED,
+            )
+        finally:
+            child.cancel()
+        for task in ended:
+            if not task.cancelled() and task.exception() is not None:
+                _log.warning("a task of hivemind's p2pd client failed: %r", task.exception())
+        for call in control._pending_calls.values():
+            if not call.done():
+                call.set_exception(P2PDaemonError("p2pd ended"))
+
+
+async def _prove(_peer: str, _body: bytes) -> bytes:
+    return b""
+
+
+def _from_handler_error(peer: str, text: str) -> Exception:
+    if _REFUSED in text:
+        reason = ErrorReply.create("refused", text.split(_REFUSED, 1)[1]).text
+        return NotAuthorisedError(
+            f"{_short(peer)} refuses our join code: {reason}",
+            "check the join code, and the clocks of both devices",
+        )
+    failed: Exception = P2PDaemonError(ErrorReply.create("failed", text).text)
+    return failed
+
+
+class Transport:
+    """This device on the network. `start`, use, `stop`; after `died`, `restart`."""
+
+    def __init__(
+        self,
+        identity: Identity,
+        keys: RunKeys,
+        interface: Interface,
+        handlers: Handlers,
+        *,
+        folder: Path,
+        port: int = 0,
+        book: AddressBook | None = None,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        """
+        Args:
+            folder: state folder, for the identity as p2pd reads it and the mark of the process.
+            port: TCP port to listen on; 0 lets one be chosen.
+            clock: unix time in seconds, for the freshness of requests.
+        """
+        self.peer_id = identity.peer_id
+        self.interface = interface
+        self.book = book if book is not None else AddressBook()
+        self.counters = Counters()
+        #: Set when p2pd is gone; a new one after `restart`.
+        self.died = asyncio.Event()
+        self._identity = identity
+        self._authenticator = Authenticator(keys, identity.peer_id)
+        self._handlers = handlers
+        self._folder = folder
+        self._port = port
+        self._clock = clock
+        self._sockets: Path | None = None
+        self._p2p: SealedP2P | None = None
+        self._watch: asyncio.Task[None] | None = None
+        self._linked: set[str] = set()
+        self._silent_calls: dict[str, int] = {}
+        self._tickets = streams.Tickets(self.counters)
+
+    # Life
+
+    async def start(self) -> None:
+        """Start p2pd on the interface's address, and answer calls.
+
+        Raises:
+            UsageError: the port is taken.
+            RunError: p2pd does not start.
+            StorageError: the state folder cannot be written.
+        """
+        _quieten_hivemind()
+        end_stale_p2pd(self._mark_path)
+        if self._port:
+            check_port_is_free(self.interface.address, self._port)
+        key_path = self._folder / "p2pd.key"
+        write_atomic(key_path, self._identity.libp2p_private_key, mode=0o600)
+        self._sockets = make_socket_folder()
+        # hivemind reads the folder of its sockets from the class.
+        kind: Any = type("SealedP2P", (SealedP2P,), {"_UNIX_SOCKET_PREFIX": f"/unix{self._sockets}/"})
+        try:
+            self._p2p = p2p = await kind.create(
+                identity_path=str(key_path),
+                check_if_identity_free=False,
+                host_maddrs=[f"/ip4/{self.interface.address}/tcp/{self._port}"],
+                nat_port_map=False,
+                auto_nat=False,
+                use_relay=False,
+                idle_timeout=_P2PD_IDLE_S,
+                startup_timeout=_START_S,
+            )
+        except (P2PDaemonError, OSError) as error:
+            remove_socket_folder(self._sockets)
+            raise RunError(
+                f"p2pd does not start: {error}", "see whether it runs: `p2pcollab doctor`"
+            ) from error
+        assert p2p.peer_id.to_base58() == self.peer_id
+        await p2p.begin(self._authenticator, self.counters, self._clock)
+        self._port = int((await p2p.get_visible_maddrs())[0]["tcp"])
+        P2pdMark.of(p2p._child.pid, self._sockets).write(self._mark_path)
+        self.died = asyncio.Event()
+        self._watch = asyncio.create_task(self._watch_p2pd(p2p, self.died))
+        await self._add_handlers(p2p)
+
+    async def restart(self) -> None:
+        """Start p2pd again, under the same peer id and port; the board has to be bound to it again.
+
+        Raises:
+            RunError, UsageError, StorageError: as for `start`.
+        """
+        await self.stop()
+        self.counters.p2pd_restarts += 1
+        await self.start()
+
+    async def stop(self) -> None:
+        """End p2pd and leave nothing of it behind."""
+        if self._watch is not None:
+            self._watch.cancel()
+        self._tickets.clear()
+        if self._p2p is not None:
+            child = self._p2p._child
+            try:
+                await asyncio.wait_for(self._p2p.shutdown(), _STOP_S)
+            except asyncio.TimeoutError:
+                child.kill()
+                await child.wait()
+            # asyncio's end of the process's output; left open, it complains when the loop is gone.
+            child._transport.close()
+        if self._sockets is not None:
+            remove_socket_folder(self._sockets)
+        self._mark_path.unlink(missing_ok=True)
+        self._p2p, self._sockets, self._watch = None, None, None
+        self._linked.clear()
+        self._silent_calls.clear()
+
+    @property
+    def p2p(self) -> SealedP2P:
+        """For the board: the p2pd to run the DHT on.
+
+        Raises:
+            UnreachableError: it does not run; it may be on its way back.
+        """
+        if self._p2p is None:
+            raise UnreachableError("p2pd does not run")
+        return self._p2p
+
+    @property
+    def p2pd_pid(self) -> int | None:
+        """Process id of p2pd, while it runs."""
+        return None if self._p2p is None else int(self._p2p._child.pid)
+
+    @property
+    def port(self) -> int:
+        """TCP port that p2pd listens on; after `start` never 0."""
+        return self._port
+
+    @property
+    def address(self) -> PeerAddress:
+        """Where this device listens."""
+        return PeerAddress(peer=self.peer_id, host=self.interface.address, port=self._port)
+
+    @property
+    def known_addresses(self) -> tuple[PeerAddress, ...]:
+        """Addresses of peers, to be stored over a restart of the daemon."""
+        return self.book.all()
+
+    @property
+    def _mark_path(self) -> Path:
+        return self._folder / "p2pd.json"
+
+    async def _watch_p2pd(self, p2p: SealedP2P, died: asyncio.Event) -> None:
+        await p2p.ended()
+        died.set()
+
+    # Links
+
+    async def connect(self, address: PeerAddress) -> None:
+        """Link to a peer at an address.
+
+        Raises:
+            UnreachableError: nothing answers there, or somebody else does.
+        """
+        self.book.learn(address)
+        remote = PeerID.from_base58(address.peer)
+        # p2pd refuses to dial for 5 s after a failed attempt, and for longer after each further one. Asking
+        # by TCP first keeps it from failing, so that a device that comes back is linked at once.
+        try:
+            _, writer = await asyncio.wait_for(asyncio.open_connection(address.host, address.port), _PROBE_S)
+        except (OSError, asyncio.TimeoutError) as error:
+            # Whatever connection p2pd still has is from before; when the host is back, it is not waited for.
+            self._silent_calls[address.peer] = _SILENT_CALLS_MAX
+            raise UnreachableError(f"nothing answers at {address.host}:{address.port}") from error
+        writer.close()
+        client = self.p2p._client
+        try:
+            if self._silent_calls.get(address.peer, 0) >= _SILENT_CALLS_MAX:
+                await asyncio.wait_for(client.control.disconnect(remote), _CONNECT_S)
+            await asyncio.wait_for(client.connect(remote, [Multiaddr(_without_peer(address))]), _CONNECT_S)
+        except asyncio.TimeoutError as error:
+            raise UnreachableError(f"{_short(address.peer)} does not answer at {address.host}") from error
+        except (P2PDaemonError, OSError, asyncio.IncompleteReadError) as error:
+            raise UnreachableError(
+                f"no link to {_short(address.peer)} at {address.host}:{address.port}"
+            ) from error
+        self._linked.add(address.peer)
+        self._silent_calls.pop(address.peer, None)
+        self.book.succeeded(address)
+
+    async def link(self, peer: str) -> None:
+        """Link to a peer at one of its known addresses, unless there is a link.
+
+        Raises:
+            UnreachableError: it is at none of them.
+        """
+        if peer in self._linked:
+            return
+        addresses = self.book.of(peer)
+        for address in addresses:
+            with contextlib.suppress(UnreachableError):
+                await self.connect(address)
+                return
+        # A device behind a firewall may have called us: then there is a link, whatever its addresses.
+        if peer in await self.peers():
+            self._linked.add(peer)
+            return
+        self.book.failed(peer, asyncio.get_running_loop().time())
+        raise UnreachableError(f"{_short(peer)} answers at none of its {len(addresses)} addresses")
+
+    def unlink(self, peer: str) -> None:
+        """Trust a link no longer, because a call over it was not answered: the next one looks first."""
+        self._silent_calls[peer] = self._silent_calls.get(peer, 0) + 1
+        self._linked.discard(peer)
+
+    async def peers(self) -> tuple[str, ...]:
+        """Peer ids that there is a link to, as p2pd sees it: strangers, too."""
+        try:
+            infos = await asyncio.wait_for(self.p2p._client.list_peers(), _CONNECT_S)
+        except (P2PDaemonError, OSError, asyncio.TimeoutError, asyncio.IncompleteReadError):
+            return ()
+        return tuple(info.peer_id.to_base58() for info in infos)
+
+    # Calls
+
+    async def hello(self, peer: str, request: Hello) -> HelloReply:
+        """Ask a peer for the run spec. Raises: see `_call`."""
+        return await self._call(peer, "hello", request, HelloReply)
+
+    async def exchange(self, peer: str, request: Exchange) -> ExchangeReply:
+        """Compare ledgers with a peer. Raises: see `_call`."""
+        return await self._call(peer, "exchange", request, ExchangeReply)
+
+    async def push(self, peer: str, request: Push) -> PushReply:
+        """Give contributions and our record to a peer. Raises: see `_call`."""
+        return await self._call(peer, "push", request, PushReply)
+
+    async def fetch(self, peers: Sequence[str], digest: str, length: int) -> bytes:
+        """A shard, from the first of the peers that has it; what one of them began, the next goes on with.
+
+        Raises:
+            PeerError: none of them gave all its bytes, or they were not those of the digest.
+            UnreachableError: none of them answered.
+        """
+        download = Download(digest, length)
+        reason: P2PCollabError = UnreachableError("there is nobody to ask")
+        for peer in peers:
+            try:
+                await self.fetch_part(peer, download)
+                # Hashing 60 MB takes 50 ms, and the interpreter lock is free meanwhile.
+                return await asyncio.to_thread(download.finish)
+            except (PeerError, UnreachableError, NotAuthorisedError) as error:
+                reason = error
+        raise reason
+
+    async def fetch_part(self, peer: str, download: Download) -> None:
+        """Receive from a peer what is missing of a download, or as much of it as comes.
+
+        Raises: see `_call`; what has arrived is kept.
+        """
+        request = download.request()
+        download.start(await self._call(peer, "fetch", request, StreamHeader))
+        try:
+            _, reader, writer = await asyncio.wait_for(
+                self.p2p._client.stream_open(PeerID.from_base58(peer), (streams.METHOD,)), _CONNECT_S
+            )
+            async with contextlib.aclosing(streams.receive(request, reader, writer, self.counters)) as chunks:
+                async for chunk in chunks:
+                    download.feed(chunk)
+                    if download.complete:
+                        return
+        except (OSError, asyncio.TimeoutError, asyncio.IncompleteReadError, P2PDaemonError) as error:
+            raise UnreachableError(f"{_short(peer)} stopped in the middle of a shard") from error
+
+    async def _call(self, peer: str, method: str, request: Message, reply: type[Reply]) -> Reply:
+        """Call a handler of a peer.
+
+        Raises:
+            UnreachableError: it does not answer within the deadline.
+            NotAuthorisedError: it does not know our run secret, or we not its.
+            RefusalError, IncompatibleError: its handler answers with a reason.
+            PeerError: its answer breaks the protocol.
+        """
+        await self.link(peer)
+        try:
+            body = await asyncio.wait_for(
+                self.p2p.call_sealed(PeerID.from_base58(peer), PREFIX + method, request.encode()), CALL_S
+            )
+        except asyncio.TimeoutError as error:
+            self._silent_calls[peer] = self._silent_calls.get(peer, 0) + 1
+            if self._silent_calls[peer] >= _SILENT_CALLS_MAX:
+                self._linked.discard(peer)
+            raise UnreachableError(f"{_short(peer)} does not answer") from error
+        except P2PDaemonError as error:
+            self._linked.discard(peer)
+            raise UnreachableError(f"{_short(peer)} does not answer: {error}") from error
+        self._silent_calls.pop(peer, None)
+        answer = decode_reply(reply, body)
+        if isinstance(answer, ErrorReply):
+            raise error_of_reply(answer)
+        return answer
+
+    # Answers
+
+    async def _add_handlers(self, p2p: SealedP2P) -> None:
+        await p2p.add_sealed_handler(PREFIX + "hello", _answering(Hello, self._handlers.hello))
+        await p2p.add_sealed_handler(PREFIX + "exchange", _answering(Exchange, self._handlers.exchange))
+        await p2p.add_sealed_handler(PREFIX + "push", _answering(Push, self._handlers.push))
+        await p2p.add_sealed_handler(PREFIX + "fetch", _answering(Fetch, self._answer_fetch))
+        await p2p.add_binary_stream_handler(streams.METHOD, self._answer_stream)
+
+    async def _answer_fetch(self, peer: str, request: Fetch) -> StreamHeader:
+        self._tickets.check_room()
+        data = await self._handlers.fetch(peer, request)
+        if data is None:
+            raise RefusalError("not-found", "this device does not hold that shard")
+        self._tickets.issue(peer, request, data)
+        return StreamHeader(digest=request.digest, length=len(data))
+
+    async def _answer_stream(
+        self, info: StreamInfo, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+    ) -> None:
+        await self._tickets.serve(info.peer_id.to_base58(), reader, writer)
+
+
+def _answering(kind: type[Request], handler: Callable[[str, Request], Awaitable[Message]]) -> SealedHandler:
+    async def answer(peer: str, body: bytes) -> bytes:
+        try:
+            return (await handler(peer, kind.decode(body))).encode()
+        except P2PCollabError as error:
+            return error_reply(error).encode()
+
+    return answer
+
+
+def _without_peer(address: PeerAddress) -> str:
+    return str(address).rsplit("/p2p/", 1)[0]
+
+
+def _short(peer: str) -> str:
+    """A peer id for people: its end, because all begin alike."""
+    return f"peer …{peer[-6:]}"
+
+
+def _quieten_hivemind() -> None:
+    """Keep hivemind's and p2pd's logs out of the user's sight: who refuses whom is counted and reported."""
+    os.environ.setdefault("GOLOG_LOG_LEVEL", "ERROR")
+    use_hivemind_log_handler("nowhere")
+    logging.getLogger("hivemind").setLevel(logging.ERROR)

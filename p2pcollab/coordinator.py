@@ -1,0 +1,458 @@
+"""The coordinator: what one device decides, with no input or output of its own.
+
+Time comes in as an argument, records and contributions come in as values, and what to do goes out as values.
+The daemon reads the board, moves bytes and runs the trainer; it decides nothing. One coordinator belongs to
+one device and one thread.
+
+The life of a lease:
+
+    IDLE --decide--> CLAIMED --confirm--> HELD --job--> TRAINING --finished--> IDLE
+                        |                   |               |
+                        +--- all yielded ---+-- abandoned --+--> IDLE
+
+A claim is shown on the board before it counts: `confirm`, called after the board was read again, gives up
+the shards that another device claimed at the same time and goes before. From then on nothing is given up.
+If both have started all the same, the ledger merges what they make.
+
+Nothing here waits for another device for long. A device that is given nothing because another idle one
+should take it, which then does not, loses its patience and decides as if it were the only one that is free;
+and after a few times that, as if the idle ones did not exist, though its data fit the task less than theirs.
+"""
+
+from __future__ import annotations
+
+import enum
+import random
+from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Set as AbstractSet
+from typing import Final
+
+from . import allotment, limits
+from .allotment import DeviceView, ShardView
+from .holdings import Holdings, Want
+from .ledger import Contribution, Ledger, states_digest
+from .plans import Advert, Claim, CoordinatorSettings, JobPlan, RecordFields, ShardJob
+from .presence import BoardRecord, Presence, Sighting
+from .run import STEM, DeviceId, RunSpec, ShardId
+
+__all__ = [
+    "Advert",
+    "BoardRecord",
+    "Claim",
+    "Coordinator",
+    "CoordinatorSettings",
+    "JobPlan",
+    "RecordFields",
+    "ShardJob",
+    "Sighting",
+    "Want",
+]
+
+
+#: Idle devices count for nothing after this many times the patience.
+HOPELESS: Final = 4.0
+
+
+class _Phase(enum.Enum):
+    IDLE = "idle"
+    CLAIMED = "claimed"
+    HELD = "held"
+    TRAINING = "training"
+
+
+class Coordinator:
+    """One device's part in the run.
+
+    Args:
+        spec: of the run.
+        device: this one.
+        advert: what it offers; `advert` may be set again at any time.
+        settings: the knobs.
+        rng: for the choice of gossip partners and for patience; seed it.
+        first_beat: where beats and lease numbers start. They must rise over restarts, or the others take
+            the records of the new life for echoes of the old one: pass milliseconds of the wall clock, which
+            nobody compares with another clock.
+    """
+
+    def __init__(
+        self,
+        spec: RunSpec,
+        device: DeviceId,
+        advert: Advert,
+        settings: CoordinatorSettings,
+        rng: random.Random,
+        first_beat: int = 0,
+    ) -> None:
+        self.spec = spec
+        self.device = device
+        self.advert = advert
+        self.settings = settings
+        self._rng = rng
+        self._shards = spec.shards
+        self._run_id = spec.run_id
+        self._ledger = Ledger()
+        self._presence = Presence(device, settings.lease_term_s)
+        self._holdings = Holdings(device, settings.replication)
+        self._beat = self._sequence = first_beat
+        self._phase = _Phase.IDLE
+        self._leases: tuple[ShardId, ...] = ()
+        self._known_holders: dict[ShardId, frozenset[DeviceId]] = {}
+        self._parents: frozenset[str] = frozenset()
+        self._rejected: set[str] = set()
+        self._claimed_at = 0.0
+        self._longest_lease_s = 0.0
+        self._idle_since: float | None = None
+        self._patience_s = 0.0
+        self._leaving = self._left = False
+        self.foreign_beats = 0
+        """Records under this device's id that it did not publish in this life. More than a few: two daemons
+        run with one identity."""
+
+    # --- the board ---
+
+    def observe_board(self, records: Sequence[BoardRecord], now: float) -> None:
+        """Take in one reading of the board."""
+        for record in records:
+            if record.device == self.device and record.beat > self._beat:
+                self.foreign_beats += 1
+                self._beat = record.beat
+                self._sequence = max(self._sequence, record.lease_sequence)
+        self._presence.observe(records[: limits.DEVICES_MAX], now)
+
+    def live(self, now: float) -> tuple[DeviceId, ...]:
+        """The devices that are alive, this one included, sorted."""
+        return tuple(sorted({self.device, *self._presence.live(now)}))
+
+    def sightings(self, now: float) -> tuple[Sighting, ...]:
+        """The other devices as they were last seen, for people."""
+        return self._presence.sightings(now)
+
+    def record_fields(self) -> RecordFields:
+        """What to publish now; each call is a new beat."""
+        self._beat += 1
+        return RecordFields(
+            beat=self._beat,
+            state=self.state,
+            leases=self._leases,
+            lease_sequence=self._sequence,
+            progress=tuple(
+                (shard, self._ledger.generation(shard), samples)
+                for shard in self._shards
+                if (samples := self._ledger.samples(shard)) > 0
+            ),
+        )
+
+    @property
+    def state(self) -> str:
+        """This device's state as the board shows it (`records.DeviceState`)."""
+        if self._left:
+            return "left"
+        if self._leaving:
+            return "leaving"
+        if self._phase in (_Phase.HELD, _Phase.TRAINING):
+            return "training"
+        if self.complete:
+            return "complete"
+        return "idle" if self.advert.works and any(self.advert.class_counts) else "observer"
+
+    # --- the ledger ---
+
+    @property
+    def ledger(self) -> Ledger:
+        """All contributions that this device has heard of."""
+        return self._ledger
+
+    @property
+    def complete(self) -> bool:
+        """Whether every shard has seen its budget."""
+        return self._ledger.complete(self.spec)
+
+    def receive(self, contributions: Iterable[Contribution], now: float) -> tuple[Contribution, ...]:
+        """Take in contributions: of peers (their signatures verified), own ones, or those of the store.
+
+        Returns:
+            Those that were new, to be stored and passed on.
+        """
+        new: dict[tuple[ShardId, DeviceId], Contribution] = {}
+        for contribution in contributions:
+            if contribution.run_id != self._run_id or contribution.shard not in self._shards:
+                continue
+            if contribution.tensors_digest in self._rejected:
+                continue
+            held = new.get(contribution.key) or self._ledger.get(*contribution.key)
+            if held is None or contribution.newer_than(held):
+                self._holdings.notice(contribution, held, now)
+                new[contribution.key] = contribution
+        self._ledger = self._ledger.add_all(new.values())
+        return tuple(new.values())
+
+    def reject(self, digest: str) -> None:
+        """Tensors were fetched and found unacceptable: their contribution leaves the ledger for good.
+
+        It may have claimed to contain others; these count again.
+        """
+        self._rejected.add(digest)
+        for entry in self._ledger.entries.values():
+            if entry.tensors_digest == digest:
+                earlier = self._holdings.restore(entry)
+                self._ledger = self._ledger.without(entry)
+                if earlier is not None:
+                    self._ledger = self._ledger.add(earlier)
+
+    # --- work ---
+
+    @property
+    def leases(self) -> tuple[ShardId, ...]:
+        """The shards that this device has claimed or holds."""
+        return self._leases
+
+    def decide(self, now: float) -> Claim | None:
+        """What this device should train next; None while it is busy or nothing is for it to do.
+
+        Call it after every reading of the board while idle. The claim is to be published (`record_fields`)
+        and then confirmed.
+        """
+        observing_since = self._presence.observing_since
+        if self._leases or self._leaving or not self.advert.works or observing_since is None:
+            return None
+        if self._idle_since is None:
+            self._idle_since = now
+            self._patience_s = self.settings.lease_term_s / 2 * (1 + self._rng.random())
+        views = self._views(now)
+        waited_s = now - self._idle_since
+        if waited_s > HOPELESS * self._patience_s:
+            views = [view for view in views if view.leases or view.device == self.device]
+        alone = self.device if waited_s > self._patience_s else None
+        shards = allotment.allot(self.spec, views, self._shard_views(), only=alone).get(self.device, ())
+        if now - observing_since < self.settings.lease_term_s / 2:
+            # Devices with better data may be there already, and not be seen yet.
+            shards = tuple(shard for shard in shards if allotment.suited(self.spec, shard, views[0]))
+        if not shards:
+            return None
+        self._known_holders = {
+            shard: frozenset(view.device for view in views if shard in view.leases) for shard in shards
+        }
+        self._phase = _Phase.CLAIMED
+        self._leases = shards
+        self._sequence += 1
+        self._claimed_at = now
+        return Claim(shards=shards, sequence=self._sequence, ask=self._promising((*shards, STEM), now))
+
+    def confirm(self, now: float) -> tuple[ShardId, ...]:
+        """The shards of the claim that are kept, after it was published and the board was read again.
+
+        Empty: all were yielded; decide again.
+        """
+        assert self._phase is _Phase.CLAIMED
+        views = self._views(now)
+        mine = next(view for view in views if view.device == self.device)
+        yielded = allotment.contested(mine, views, self._known_holders)
+        self._narrow([shard for shard in self._leases if shard not in yielded])
+        if self._leases:
+            self._phase = _Phase.HELD
+        return self._leases
+
+    def job(self, held: AbstractSet[str], now: float) -> JobPlan | None:
+        """What to train, as soon as what it starts from is here.
+
+        Call it after `confirm`, and again whenever wanted tensors have arrived or a second has gone by.
+
+        Args:
+            held: digests of the tensors on this device.
+
+        Returns:
+            None while tensors are missing (fetch what `wanted` names), or when nothing is left to train on
+            the leased shards; they are then released, and `leases` is empty.
+        """
+        assert self._phase is _Phase.HELD
+        needs = allotment.needs(self.spec, self._samples())
+        self._narrow([shard for shard in self._leases if needs[shard] > 0])
+        live = frozenset(self.live(now))
+        starts = {shard: self._start(shard, held, live, now) for shard in self._required()}
+        if not self._leases or any(
+            entry.tensors_digest not in held for start in starts.values() for entry in start
+        ):
+            return None
+        self._phase = _Phase.TRAINING
+        self._parents = frozenset(entry.tensors_digest for start in starts.values() for entry in start)
+        stem = () if self._leases == (STEM,) else starts[STEM]
+        return JobPlan(
+            shards=tuple(self._shard_job(shard, starts[shard], held, now) for shard in self._leases),
+            samples=self._lease_samples(min(needs[shard] for shard in self._leases)),
+            stem=stem,
+            stem_digest="" if self._leases == (STEM,) else states_digest(stem),
+        )
+
+    def still_needed(self) -> bool:
+        """Whether the lease in progress still serves: some shard of it is not complete.
+
+        When it no longer does, stop the trainer and call `abandoned`.
+        """
+        return any(self._ledger.samples(shard) < self.spec.budget(shard) for shard in self._leases)
+
+    def finished(self, now: float) -> None:
+        """The lease is trained, and its contributions were received: release it."""
+        assert self._phase is _Phase.TRAINING
+        self._longest_lease_s = max(self._longest_lease_s, now - self._claimed_at)
+        self._narrow([])
+
+    def abandoned(self, now: float) -> None:
+        """The lease came to nothing (trainer died, nothing left to train, stopped): release it."""
+        del now
+        self._narrow([])
+
+    def leave(self) -> None:
+        """Take nothing new; the lease in progress may be finished."""
+        self._leaving = True
+
+    def left(self) -> None:
+        """Release everything and tell the others not to wait."""
+        self._leaving = self._left = True
+        self._narrow([])
+
+    def _narrow(self, kept: Sequence[ShardId]) -> None:
+        self._leases = tuple(kept)
+        if not self._leases:
+            self._phase = _Phase.IDLE
+            self._parents = frozenset()
+            self._idle_since = None
+
+    def _required(self) -> tuple[ShardId, ...]:
+        """Shards whose state a lease starts from: its own, and the stem."""
+        return self._leases if STEM in self._leases or not self._leases else (STEM, *self._leases)
+
+    def _start(
+        self, shard: ShardId, held: AbstractSet[str], live: AbstractSet[DeviceId], now: float
+    ) -> tuple[Contribution, ...]:
+        return self._holdings.start(self._ledger, shard, held, live, now)
+
+    def _shard_job(
+        self, shard: ShardId, parents: tuple[Contribution, ...], held: AbstractSet[str], now: float
+    ) -> ShardJob:
+        written_off = list(self._holdings.written_off(self._ledger, shard, held, now))
+        own = self._ledger.get(shard, self.device)
+        if own is not None and own.tensors_digest not in held and own not in written_off:
+            # This device has lost its own work, say to a damaged disk. Its count must rise all the same:
+            # to use a count for two different contributions is equivocation.
+            written_off.append(own)
+        samples = self._ledger.samples(shard)
+        return ShardJob(
+            shard=shard,
+            parents=parents,
+            written_off=tuple(written_off),
+            samples=samples,
+            progress=min(1.0, samples / self.spec.budget(shard)),
+        )
+
+    def _lease_samples(self, need: int) -> int:
+        """Samples of a lease: whole batches, rounded down before the gate and up before the end."""
+        batch = self.spec.schedule.batch_size
+        samples = min(self.spec.schedule.lease_samples, need)
+        gated = STEM not in self._leases and self._ledger.samples(STEM) < self.spec.budget(STEM)
+        if gated and samples >= batch:
+            return samples // batch * batch
+        return -(-samples // batch) * batch
+
+    def _samples(self) -> Mapping[ShardId, int]:
+        return {shard: self._ledger.samples(shard) for shard in self._shards}
+
+    def _shard_views(self) -> list[ShardView]:
+        return [
+            ShardView(
+                shard=shard,
+                samples=self._ledger.samples(shard),
+                generation=self._ledger.generation(shard),
+                visits=self._ledger.seen(shard),
+            )
+            for shard in self._shards
+        ]
+
+    def _views(self, now: float) -> list[DeviceView]:
+        """The live devices, this one included."""
+        own = DeviceView(
+            device=self.device,
+            speed=self.advert.speed,
+            tasks=self.advert.tasks,
+            prefer=self.advert.prefer,
+            class_counts=self.advert.class_counts,
+            leases=self._leases,
+            lease_since=self._sequence,
+            started=self._phase in (_Phase.HELD, _Phase.TRAINING),
+            works=self.advert.works,
+        )
+        return [own, *(self._view(record, now) for record in self._presence.live(now).values())]
+
+    def _view(self, record: BoardRecord, now: float) -> DeviceView:
+        device = DeviceId(record.device)
+        speed = max(record.speed, 1e-9)
+        expected_s = self._longest_lease_s * max(1.0, self.advert.speed / speed)
+        return DeviceView(
+            device=device,
+            speed=speed,
+            tasks=None if record.tasks is None else frozenset(ShardId(task) for task in record.tasks),
+            prefer=frozenset(ShardId(task) for task in record.prefer),
+            class_counts=record.class_counts,
+            leases=tuple(ShardId(shard) for shard in record.leases),
+            lease_since=record.lease_sequence,
+            started=record.state != "idle",
+            overdue=self._presence.overdue(device, expected_s, now),
+            # One that takes the run for complete knows more than this device, which will hear of it.
+            works=record.state in ("idle", "training", "complete"),
+        )
+
+    # --- gossip ---
+
+    def partners(self, now: float) -> tuple[DeviceId, ...]:
+        """Devices to exchange ledgers with in this round: one that promises news, the rest at random."""
+        others = [device for device in self.live(now) if device != self.device]
+        chosen = self._promising(self._shards, now)[:1]
+        rest = [device for device in others if device not in chosen]
+        count = min(self.settings.gossip_fanout - len(chosen), len(rest))
+        return (*chosen, *self._rng.sample(rest, max(0, count)))
+
+    def hints(self, now: float) -> tuple[DeviceId, ...]:
+        """Devices to push a new contribution to at once: most others hear of it within a round or two."""
+        others = [device for device in self.live(now) if device != self.device]
+        return tuple(self._rng.sample(others, min(len(others), len(others).bit_length() + 1)))
+
+    def _promising(self, shards: Iterable[ShardId], now: float) -> tuple[DeviceId, ...]:
+        """Devices whose records show more samples of some of these shards than the ledger, in random order.
+
+        A record can promise what its device does not have: it decides whom to ask, and nothing else.
+        """
+        behind = {shard: self._ledger.samples(shard) for shard in shards}
+        ahead = []
+        for device, record in self._presence.live(now).items():
+            for shard, _, samples in record.progress:
+                if samples > behind.get(ShardId(shard), samples):
+                    ahead.append(device)
+                    break
+        ahead.sort()
+        self._rng.shuffle(ahead)
+        return tuple(ahead)
+
+    def wanted(self, held: AbstractSet[str], now: float) -> tuple[Want, ...]:
+        """Tensors to fetch: what the lease in preparation starts from first, then this device's replicas."""
+        live = frozenset(self.live(now))
+        wants: list[Want] = []
+        if self._phase in (_Phase.CLAIMED, _Phase.HELD):
+            for shard in self._required():
+                start = self._start(shard, held, live, now)
+                wants += self._holdings.want(start, held, live, now, needed=True)
+        named = {want.digest for want in wants}
+        quota = self._holdings.quota(self._ledger, self._shards, live, now)
+        replicas = self._holdings.want(quota, held, live, now, needed=False)
+        return (*wants, *(want for want in replicas if want.digest not in named))
+
+    def harvest(self, held: AbstractSet[str], now: float) -> tuple[Want, ...]:
+        """Tensors to fetch before the global model can be put together: every frontier."""
+        entries = [entry for shard in self._shards for entry in self._ledger.frontier(shard)]
+        return tuple(self._holdings.want(entries, held, frozenset(self.live(now)), now, needed=True))
+
+    def refused(self, digest: str, device: DeviceId, now: float) -> None:
+        """A device answered that it does not hold a digest. When all have, a lease goes on without it."""
+        self._holdings.refuse(digest, device, now)
+
+    def keep(self) -> frozenset[str]:
+        """Digests that must not be thrown away: frontiers, what came before them, and the lease's parents."""
+        return self._parents | self._holdings.keep(self._ledger, self._shards)

@@ -1,0 +1,213 @@
+"""Holdings: which tensors a device needs, whom it asks for them, and which it must not throw away.
+
+The ledger travels to everyone; tensors travel to those that need them. A device needs the tensors that its
+next lease starts from, and its quota of replicas: each contribution that matters lives on a few devices,
+chosen by rendezvous hashing, so that all devices agree on them without a word.
+
+Tensors can be lost: their maker dies before anyone has fetched them. Then a lease starts from what came
+before them. If they are not seen for long, the next contribution declares them contained (their samples were
+trained, their effect is lost), or they would stay in the frontier for ever.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Sequence
+from collections.abc import Set as AbstractSet
+from dataclasses import dataclass
+
+from .ledger import Contribution, Key, Ledger, frontier_of
+from .run import DeviceId, ShardId
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Want:
+    """Tensors to fetch."""
+
+    digest: str
+    size: int
+    shard: ShardId
+    #: Whom to ask, in this order.
+    holders: tuple[DeviceId, ...]
+    #: A lease waits for it; otherwise it is a replica.
+    needed: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReplicationSettings:
+    """How tensors spread."""
+
+    #: Devices that each contribution of the frontier lives on. Each costs one transfer per lease.
+    replicas: int = 3
+    #: Keep everything.
+    replicate_all: bool = False
+    #: Age at which a contribution is replicated. Later saves the transfer of contributions that are
+    #: superseded at once; what is lost with a device in between is at most its last lease.
+    replicate_after_s: float = 2.0
+    #: How long a lease waits for tensors that nobody gives and whose maker is not alive.
+    patience_s: float = 8.0
+    #: How long tensors that nobody gives may come back before they are declared contained.
+    write_off_s: float = 60.0
+
+
+def rendezvous(digest: str, devices: Iterable[DeviceId]) -> list[DeviceId]:
+    """Devices by their weight for a digest: the first ones keep it (highest random weight)."""
+    return sorted(devices, key=lambda device: hashlib.sha256(f"{digest}\0{device}".encode()).digest())
+
+
+class Holdings:
+    """What is known about tensors, besides the ledger."""
+
+    def __init__(self, device: DeviceId, settings: ReplicationSettings) -> None:
+        self._device = device
+        self._settings = settings
+        #: The contribution that each entry of the ledger replaced.
+        self._replaced: dict[Key, Contribution] = {}
+        self._noticed_at: dict[str, float] = {}
+        self._missing_since: dict[str, float] = {}
+        self._refused: dict[str, dict[DeviceId, float]] = {}
+        self._ranked: dict[str, list[DeviceId]] = {}
+        self._ranked_among: frozenset[DeviceId] = frozenset()
+
+    def notice(self, contribution: Contribution, replaced: Contribution | None, now: float) -> None:
+        """A contribution has entered the ledger, in the place of an older one if there was one."""
+        self._noticed_at[contribution.tensors_digest] = now
+        if replaced is not None:
+            earlier = self._replaced.get(replaced.key)
+            if earlier is not None:
+                self._forget(earlier.tensors_digest)
+            self._replaced[replaced.key] = replaced
+
+    def _forget(self, digest: str) -> None:
+        self._noticed_at.pop(digest, None)
+        self._missing_since.pop(digest, None)
+        self._refused.pop(digest, None)
+        self._ranked.pop(digest, None)
+
+    def restore(self, contribution: Contribution) -> Contribution | None:
+        """A contribution has left the ledger: the one that it had replaced."""
+        self._forget(contribution.tensors_digest)
+        return self._replaced.pop(contribution.key, None)
+
+    def refuse(self, digest: str, device: DeviceId, now: float) -> None:
+        """A device has answered that it does not hold a digest."""
+        self._refused.setdefault(digest, {})[device] = now
+
+    def _known(self, ledger: Ledger, shard: ShardId) -> list[Contribution]:
+        known = list(ledger.of_shard(shard))
+        for entry in tuple(known):
+            earlier = self._replaced.get(entry.key)
+            if earlier is not None:
+                known.append(earlier)
+        return known
+
+    def start(
+        self, ledger: Ledger, shard: ShardId, held: AbstractSet[str], live: AbstractSet[DeviceId], now: float
+    ) -> tuple[Contribution, ...]:
+        """What a lease on a shard starts from: its frontier, without what cannot be had."""
+        start = ledger.frontier(shard)
+        known: list[Contribution] | None = None
+        while True:
+            lost = [
+                entry for entry in start if entry.tensors_digest not in held and self._lost(entry, live, now)
+            ]
+            if not lost:
+                return start
+            if known is None:
+                known = self._known(ledger, shard)
+            known = [entry for entry in known if entry not in lost]
+            start = frontier_of(known)
+
+    def _lost(self, entry: Contribution, live: AbstractSet[DeviceId], now: float) -> bool:
+        digest = entry.tensors_digest
+        missing_s = now - self._missing_since.setdefault(digest, now)
+        if missing_s > self._settings.write_off_s:
+            return True
+        if entry.device not in live and missing_s > self._settings.patience_s:
+            return True
+        return not self._askable(digest, live, now)
+
+    def _askable(self, digest: str, live: AbstractSet[DeviceId], now: float) -> set[DeviceId]:
+        """Live devices that have not refused a digest lately."""
+        refused = self._refused.get(digest, {})
+        since = now - self._settings.patience_s
+        return {device for device in live if device != self._device and refused.get(device, -1e300) < since}
+
+    def written_off(
+        self, ledger: Ledger, shard: ShardId, held: AbstractSet[str], now: float
+    ) -> tuple[Contribution, ...]:
+        """Contributions of the frontier that have been missing for so long that they are given up."""
+        return tuple(
+            entry
+            for entry in ledger.frontier(shard)
+            if entry.tensors_digest not in held
+            and now - self._missing_since.get(entry.tensors_digest, now) > self._settings.write_off_s
+        )
+
+    def want(
+        self,
+        entries: Iterable[Contribution],
+        held: AbstractSet[str],
+        live: AbstractSet[DeviceId],
+        now: float,
+        *,
+        needed: bool,
+    ) -> list[Want]:
+        """Those of `entries` that are not held, each with the devices to ask."""
+        return [
+            Want(
+                digest=entry.tensors_digest,
+                size=entry.tensors_bytes,
+                shard=entry.shard,
+                holders=self._holders(entry, live, now),
+                needed=needed,
+            )
+            for entry in entries
+            if entry.tensors_digest not in held
+        ]
+
+    def _holders(self, entry: Contribution, live: AbstractSet[DeviceId], now: float) -> tuple[DeviceId, ...]:
+        askable = self._askable(entry.tensors_digest, live, now)
+        ranked = [device for device in self._rank(entry.tensors_digest, live) if device in askable]
+        return tuple(sorted(ranked, key=lambda device: device != entry.device))
+
+    def _rank(self, digest: str, live: AbstractSet[DeviceId]) -> list[DeviceId]:
+        if live != self._ranked_among:
+            self._ranked_among = frozenset(live)
+            self._ranked.clear()
+        if digest not in self._ranked:
+            self._ranked[digest] = rendezvous(digest, live)
+        return self._ranked[digest]
+
+    def quota(
+        self, ledger: Ledger, shards: Sequence[ShardId], live: AbstractSet[DeviceId], now: float
+    ) -> list[Contribution]:
+        """Contributions of the frontiers that this device should keep a replica of."""
+        mature = now - self._settings.replicate_after_s
+        return [
+            entry
+            for shard in shards
+            for entry in ledger.frontier(shard)
+            if self._noticed_at.get(entry.tensors_digest, now) <= mature and self._in_quota(entry, live)
+        ]
+
+    def _in_quota(self, entry: Contribution, live: AbstractSet[DeviceId]) -> bool:
+        if self._settings.replicate_all:
+            return True
+        replicas = self._settings.replicas - (entry.device in live)
+        for device in self._rank(entry.tensors_digest, live):
+            if replicas <= 0:
+                break
+            if device == self._device:
+                return entry.device != device
+            replicas -= device != entry.device
+        return False
+
+    def keep(self, ledger: Ledger, shards: Sequence[ShardId]) -> set[str]:
+        """Digests that must not be thrown away: of each shard the frontier, and what came before it."""
+        kept: set[str] = set()
+        for shard in shards:
+            frontier = ledger.frontier(shard)
+            before = frontier_of(entry for entry in self._known(ledger, shard) if entry not in frontier)
+            kept.update(entry.tensors_digest for entry in (*frontier, *before))
+        return kept

@@ -1,0 +1,354 @@
+"""The state folder keeps what it says it keeps, through crashes, full disks and bytes that rot."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import random
+import select
+import signal
+import subprocess
+import sys
+import textwrap
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from p2pcollab.daemon.store import RunStore, Store
+
+from p2pcollab import files, limits
+from p2pcollab.errors import StorageError, UsageError
+from p2pcollab.run import RunId
+
+SPEC = b'{"name":"the store does not parse it"}'
+RUN_ID = RunId(hashlib.sha256(SPEC).hexdigest())
+SECRET = bytes(range(16))
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Iterator[Store]:
+    opened = Store.open(tmp_path / "state")
+    yield opened
+    opened.close()
+
+
+@pytest.fixture
+def run(store: Store) -> Iterator[RunStore]:
+    opened = store.create_run(SPEC, SECRET)
+    yield opened
+    opened.close()
+
+
+def in_another_process(code: str, *arguments: str) -> subprocess.Popen[bytes]:
+    return subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(code), *arguments],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        cwd="/",
+    )
+
+
+def read_line(process: subprocess.Popen[bytes]) -> bytes:
+    assert process.stdout is not None
+    ready, _, _ = select.select([process.stdout], [], [], 30.0)
+    assert ready, "the process said nothing for 30 s"
+    return process.stdout.readline()
+
+
+def test_identity_is_created_once_and_readable_by_its_owner_only(store: Store) -> None:
+    seed = store.identity_seed()
+    assert len(seed) == 32
+    assert store.identity_seed() == seed
+    (store.folder / "identity.key").chmod(0o644)
+    store.identity_seed()
+    assert (store.folder / "identity.key").stat().st_mode & 0o777 == 0o600
+    assert store.folder.stat().st_mode & 0o777 == 0o700
+
+
+def test_damaged_identity_is_refused_not_replaced(store: Store) -> None:
+    (store.folder / "identity.key").write_bytes(b"short")
+    with pytest.raises(StorageError, match="not an identity") as caught:
+        store.identity_seed()
+    assert "copy" in caught.value.fix
+    assert (store.folder / "identity.key").read_bytes() == b"short"
+
+
+def test_second_daemon_is_refused_with_the_first_ones_pid(tmp_path: Path) -> None:
+    holder = in_another_process(
+        """
+        import sys, pathlib
+        from p2pcollab.daemon.store import Store
+        store = Store.open(pathlib.Path(sys.argv[1]))
+        print("open", flush=True)
+        sys.stdin.read()
+        """,
+        str(tmp_path),
+    )
+    try:
+        assert read_line(holder) == b"open\n"
+        with pytest.raises(StorageError, match=f"process {holder.pid}") as caught:
+            Store.open(tmp_path)
+        assert "leave" in caught.value.fix
+    finally:
+        holder.kill()
+        holder.communicate()
+    Store.open(tmp_path).close()
+
+
+def test_lock_ends_with_its_holder_even_if_a_process_it_started_lives_on(tmp_path: Path) -> None:
+    holder = in_another_process(
+        """
+        import sys, pathlib, subprocess
+        from p2pcollab.daemon.store import Store
+        store = Store.open(pathlib.Path(sys.argv[1]))
+        child = subprocess.Popen(["sleep", "60"], stdout=subprocess.DEVNULL)
+        print(child.pid, flush=True)
+        sys.stdin.read()
+        """,
+        str(tmp_path),
+    )
+    child = int(read_line(holder))
+    holder.kill()
+    holder.communicate()
+    try:
+        Store.open(tmp_path).close()
+    finally:
+        os.kill(child, signal.SIGKILL)
+
+
+def test_run_is_found_again(store: Store, run: RunStore) -> None:
+    assert store.runs() == (RUN_ID,)
+    assert store.current is None
+    store.current = RUN_ID
+    assert store.current == RUN_ID
+    again = store.open_run(RUN_ID)
+    assert (again.spec, again.secret) == (SPEC, SECRET)
+    again.close()
+    assert (run.folder / "secret").stat().st_mode & 0o777 == 0o600
+    store.current = None
+    assert store.current is None
+
+
+def test_unknown_run_is_the_callers_mistake_and_a_damaged_one_the_disks(store: Store, run: RunStore) -> None:
+    with pytest.raises(UsageError, match="knows no run"):
+        store.open_run(RunId("0" * 64))
+    (run.folder / "spec.json").write_bytes(SPEC + b" ")
+    with pytest.raises(StorageError, match="damaged"):
+        store.open_run(RUN_ID)
+
+
+def test_newest_contribution_replaces_the_one_before_it(store: Store, run: RunStore) -> None:
+    run.put_contribution("t0", "aa", b"first")
+    run.put_contributions([("t0", "aa", b"second"), ("stem", "bb", b"third")])
+    assert run.load_contributions() == (b"third", b"second")
+    run.close()
+    again = store.open_run(RUN_ID)
+    assert again.load_contributions() == (b"third", b"second")
+    again.close()
+
+
+def test_shard_comes_back_bit_for_bit(store: Store, run: RunStore) -> None:
+    data = random.Random(1).randbytes(100_000)
+    digest = run.put_shard(data)
+    assert digest == hashlib.sha256(data).hexdigest()
+    assert run.put_shard(data) == digest
+    again = store.open_run(RUN_ID)
+    assert again.digests() == {digest}
+    assert again.get_shard(digest) == data
+    assert again.get_shard("0" * 64) is None
+    again.close()
+
+
+def test_rotten_shard_is_set_aside_and_missing(store: Store, run: RunStore) -> None:
+    digest = run.put_shard(b"good bytes")
+    path = run.folder / "shards" / digest[:2] / f"{digest}.safetensors"
+    path.write_bytes(b"Good bytes")
+    assert run.get_shard(digest) is None
+    assert not run.has(digest)
+    assert path.with_suffix(".corrupt").read_bytes() == b"Good bytes"
+    assert run.put_shard(b"good bytes") == digest
+    assert run.get_shard(digest) == b"good bytes"
+
+
+def test_garbage_collection_keeps_what_it_is_told_to(run: RunStore) -> None:
+    keep, drop = run.put_shard(b"keep"), run.put_shard(b"drop it")
+    assert run.collect_garbage({keep}) == len(b"drop it")
+    assert run.digests() == {keep}
+    assert run.get_shard(keep) == b"keep"
+    assert run.get_shard(drop) is None
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EIO])
+def test_failed_fsync_is_fatal_to_that_write_and_to_nothing_else(
+    run: RunStore, monkeypatch: pytest.MonkeyPatch, code: int
+) -> None:
+    held = run.put_shard(b"held")
+    with monkeypatch.context() as failing:
+
+        def refuse(descriptor: int) -> None:
+            raise OSError(code, os.strerror(code))
+
+        failing.setattr(files.os, "fsync", refuse)
+        with pytest.raises(StorageError) as caught:
+            run.put_shard(b"lost")
+        assert caught.value.fix
+    assert run.digests() == {held}
+    assert not [path for path in run.folder.glob("shards/??/*") if held not in path.name]
+    assert run.get_shard(run.put_shard(b"lost")) == b"lost"
+
+
+def test_failed_write_leaves_the_older_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "file"
+    files.write_atomic(path, b"old")
+    monkeypatch.setattr(files.os, "fsync", lambda _: (_ for _ in ()).throw(OSError(errno.EIO, "I/O error")))
+    with pytest.raises(StorageError, match="disk reports an error"):
+        files.write_atomic(path, b"new")
+    assert path.read_bytes() == b"old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("damage", ["zeroed header", "garbage in the middle", "not a database"])
+def test_corrupt_index_is_set_aside_and_rebuilt(store: Store, run: RunStore, damage: str) -> None:
+    for number in range(200):
+        run.put_contribution(f"t{number}", "aa", bytes(200) + str(number).encode())
+    run.set_meta({"beat": 7})
+    shard = run.put_shard(b"bytes")
+    before = run.load_contributions()
+    run.close()
+    path = run.folder / "ledger.sqlite"
+    data = bytearray(path.read_bytes())
+    match damage:
+        case "zeroed header":
+            data[:100] = bytes(100)
+        case "garbage in the middle":
+            data[8192:16384] = random.Random(2).randbytes(8192)
+        case _:
+            data = bytearray(b"these are not the bytes" * 999)
+    path.write_bytes(data)
+    again = store.open_run(RUN_ID)
+    (notice,) = again.notices()
+    assert "corrupt" in notice
+    assert again.notices() == ()
+    assert again.load_contributions() == before
+    assert again.get_shard(shard) == b"bytes"
+    again.put_contribution("t0", "aa", b"goes on")
+    assert b"goes on" in again.load_contributions()
+    again.close()
+    assert path.with_suffix(".corrupt").exists()
+
+
+def test_index_that_becomes_corrupt_while_open_is_replaced(run: RunStore) -> None:
+    for number in range(500):
+        run.put_contribution(f"t{number}", "aa", random.Random(number).randbytes(500))
+    before = run.load_contributions()
+    run._index._connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+    path = run.folder / "ledger.sqlite"
+    with path.open("r+b") as file:
+        file.seek(4096)
+        file.write(random.Random(3).randbytes(path.stat().st_size - 4096))
+    run._index._connection.execute("PRAGMA shrink_memory")
+    run.put_contribution("t0", "aa", b"after")
+    assert run.notices()
+    assert len(run.load_contributions()) == len(before)
+    assert b"after" in run.load_contributions()
+
+
+def test_full_disk_under_the_index_is_told_in_words(run: RunStore) -> None:
+    run.put_contribution("t0", "aa", b"kept")
+    pages = run._index._connection.execute("PRAGMA page_count").fetchone()[0]
+    run._index._connection.execute(f"PRAGMA max_page_count={pages}")
+    with pytest.raises(StorageError, match="disk is full") as caught:
+        run.put_contribution("t1", "aa", bytes(100_000))
+    assert "nothing was lost" in caught.value.fix
+    assert run.load_contributions() == (b"kept",)
+
+
+def test_history_is_bounded(run: RunStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(limits, "EVENTS_MAX", 50)
+    monkeypatch.setattr(limits, "METRICS_MAX", 50)
+    for id in range(1, 301):
+        run.add_event(id, float(id), "lease", "text", {"shard": "t0"})
+        run.add_metric(float(id), "t0", {"loss": 0.5})
+    assert 50 <= len(run.events(1000)) <= 50 + 64
+    assert run.events(2) == [
+        (299, 299.0, "lease", "text", {"shard": "t0"}),
+        (300, 300.0, "lease", "text", {"shard": "t0"}),
+    ]
+    assert 50 <= len(run.metrics()) <= 50 + 64
+    assert run.metrics(after=299) == [(300, 300.0, "t0", {"loss": 0.5})]
+
+
+def test_meta_survives_the_process(store: Store, run: RunStore) -> None:
+    run.set_meta({"beat": 3, "addresses": ["a", "b"], "budget": 0.5})
+    run.set_meta({"beat": 4}, durable=False)
+    again = store.open_run(RUN_ID)
+    assert again.meta() == {"beat": 4, "addresses": ["a", "b"], "budget": 0.5}
+    again.close()
+
+
+def test_threads_share_a_store(run: RunStore) -> None:
+    failures: list[BaseException] = []
+
+    def work(number: int) -> None:
+        try:
+            for step in range(20):
+                data = f"{number} {step}".encode()
+                digest = run.put_shard(data)
+                run.put_contribution(f"t{number}", "aa", digest.encode())
+                assert run.get_shard(digest) == data
+        except BaseException as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failures
+    assert len(run.digests()) == 80
+    assert len(run.load_contributions()) == 4
+
+
+WRITER = """
+import hashlib, pathlib, random, sys
+from p2pcollab.daemon.store import Store
+store = Store.open(pathlib.Path(sys.argv[1]))
+run = store.create_run(sys.argv[2].encode(), bytes(16))
+rng = random.Random(int(sys.argv[3]))
+print("ready", flush=True)
+for number in range(10**9):
+    digest = run.put_shard(rng.randbytes(rng.randrange(1, 60_000)))
+    shard = f"t{rng.randrange(5)}"
+    run.put_contribution(shard, "aa", f"{shard} {digest}".encode())
+    run.add_event(number, 0.0, "lease", "text", {})
+    print(shard, digest, flush=True)
+"""
+
+
+def test_process_killed_at_any_moment_loses_at_most_the_lease_in_progress(tmp_path: Path) -> None:
+    seed = 11
+    rng = random.Random(seed)
+    before: dict[str, str] = {}
+    for attempt in range(6):
+        process = in_another_process(WRITER, str(tmp_path), SPEC.decode(), str(seed + attempt))
+        assert read_line(process) == b"ready\n"
+        lines = [read_line(process) for _ in range(rng.randrange(1, 40))]
+        process.kill()
+        lines += process.communicate()[0].splitlines(keepends=True)
+        reported = before | dict(line.decode().split() for line in lines if line.endswith(b"\n"))
+
+        store = Store.open(tmp_path)
+        run = store.open_run(RUN_ID)
+        stored = dict(entry.decode().split() for entry in run.load_contributions())
+        assert run.notices() == (), f"seed {seed}, attempt {attempt}: the index is corrupt"
+        for digest in stored.values():
+            assert run.get_shard(digest) is not None, f"seed {seed}, attempt {attempt}: no shard {digest}"
+        # One more may have been committed than was reported, never one less.
+        assert len(stored.items() - reported.items()) <= 1, f"seed {seed}, attempt {attempt}"
+        assert stored.keys() >= reported.keys(), f"seed {seed}, attempt {attempt}"
+        assert not list(run.folder.glob("shards/??/.*.tmp"))
+        run.close()
+        store.close()
+        before = stored

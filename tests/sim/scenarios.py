@@ -1,0 +1,76 @@
+"""What a simulated run consists of: its spec, its devices, and the troubles that befall them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from p2pcollab.run import InputSpec, ModelSpec, RunSpec, Schedule, ShardId, TaskSpec
+
+
+def run_spec(classes: int = 10, *, leases: int = 24, lease_samples: int = 1000, seal: float = 0.7) -> RunSpec:
+    """One class per task; each shard needs `leases` leases."""
+    return RunSpec(
+        name="simulated",
+        classes=tuple(f"class {index}" for index in range(classes)),
+        tasks=tuple(TaskSpec(id=f"t{index}", classes=(index,)) for index in range(classes)),
+        model=ModelSpec(family="digits", stem_stages=1, branch_width=0.25),
+        input=InputSpec(channels=1, height=8, width=8, mean=(0.5,), std=(0.25,), augment="none"),
+        schedule=Schedule(
+            budget_samples=leases * lease_samples,
+            lease_samples=lease_samples,
+            batch_size=100,
+            peak_lr=0.1,
+            stem_seal_fraction=seal,
+        ),
+        seed=0,
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DevicePlan:
+    """One device, and what happens to it."""
+
+    #: Cost units per second; a sample costs 3 on the stem, and 1 plus 1 per branch in a bundle.
+    speed: float = 300.0
+    class_counts: tuple[int, ...] = (100,) * 10
+    tasks: frozenset[ShardId] | None = None
+    prefer: frozenset[ShardId] = frozenset()
+    joins_at: float = 0.0
+    #: SIGKILL.
+    killed_at: float | None = None
+    #: Started again on what its disk holds.
+    restarts_at: float | None = None
+    #: Its trainer hangs from here on, while the daemon goes on beating.
+    hangs_at: float | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Partition:
+    """From `start` to `end`, devices reach only those of their own side."""
+
+    start: float
+    end: float
+    #: Indices of the devices of one side.
+    side: frozenset[int]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Scenario:
+    """A run, its devices and their troubles."""
+
+    name: str
+    devices: tuple[DevicePlan, ...]
+    spec: RunSpec = field(default_factory=run_spec)
+    latency_s: tuple[float, float] = (0.005, 0.05)
+    loss: float = 0.0
+    duplication: float = 0.0
+    #: A reading of the board may be this old.
+    staleness_s: float = 0.3
+    partition: Partition | None = None
+    limit_s: float = 3000.0
+
+
+def sixteen(**changes: Any) -> tuple[DevicePlan, ...]:
+    """Sixteen equal devices with everybody's classes."""
+    return tuple(replace(DevicePlan(), **changes) for _ in range(16))

@@ -1,0 +1,185 @@
+"""Whole runs of real coordinators in the simulator: every promise, under every trouble, for several seeds.
+
+The simulator itself checks at every event that no sample is counted twice, that nothing older replaces
+newer, that the gate and the wishes of devices hold, and, at the end, that every shard has its budget and all
+ledgers are equal. A failure names scenario, seed and simulated time.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+from devices import BEAT_S, SETTINGS
+from scenarios import DevicePlan, Partition, Scenario, run_spec, sixteen
+from simulator import Outcome, Simulation
+
+from p2pcollab.presence import OVERDUE_FACTOR
+from p2pcollab.run import STEM, ShardId
+
+SEEDS = (1, 2)
+SPEC = run_spec(leases=12)
+#: The longest lease at the usual speed.
+STEM_LEASE_S = SPEC.schedule.lease_samples * 3 / DevicePlan().speed
+#: Unnoticed death, a few beats, and tensors that nobody gives.
+LULL_S_MAX = SETTINGS.lease_term_s + SETTINGS.replication.patience_s + 4 * BEAT_S
+
+
+def holding(classes: set[int]) -> tuple[int, ...]:
+    return tuple(200 if index in classes else 0 for index in range(len(SPEC.classes)))
+
+
+CALM = Scenario(name="no trouble", spec=SPEC, devices=sixteen())
+LOSSY = replace(CALM, name="20 % loss", loss=0.2, duplication=0.1, latency_s=(0.005, 0.3))
+PARTED = replace(
+    CALM, name="parted for 60 s", partition=Partition(start=20.0, end=80.0, side=frozenset(range(8)))
+)
+KILLED = replace(
+    CALM,
+    name="4 of 16 killed, 4 join late, 2 come back",
+    devices=tuple(
+        DevicePlan(
+            killed_at=25.0 + index if index < 4 else None,
+            restarts_at=50.0 if index < 2 else None,
+            joins_at=35.0 if index >= 12 else 0.0,
+        )
+        for index in range(16)
+    ),
+)
+SLOW = replace(CALM, name="one 20 times slower", devices=(DevicePlan(speed=15.0), *sixteen()[1:]))
+SKEWED = replace(
+    CALM,
+    name="two classes each",
+    devices=tuple(DevicePlan(class_counts=holding({i % 10, (i + 1) % 10})) for i in range(16)),
+)
+SINGLE = replace(
+    CALM, name="one class each", devices=tuple(DevicePlan(class_counts=holding({i % 10})) for i in range(16))
+)
+CHOOSY = replace(
+    CALM,
+    name="chosen tasks",
+    devices=tuple(
+        DevicePlan(
+            tasks=frozenset({ShardId(f"t{i % 5}"), ShardId(f"t{i % 5 + 1}")}) if i < 12 else None,
+            prefer=frozenset({ShardId("t9")}) if i == 15 else frozenset(),
+        )
+        for i in range(16)
+    ),
+)
+STUCK = replace(
+    CALM,
+    name="three trainers hang",
+    devices=tuple(replace(d, hangs_at=15.0) for d in sixteen()[:3]) + sixteen()[3:],
+)
+EVERYTHING = replace(
+    KILLED, name="everything at once", loss=0.2, duplication=0.1, staleness_s=2.0, partition=PARTED.partition
+)
+LONE = Scenario(name="lone device", spec=SPEC, devices=(DevicePlan(),))
+
+SCENARIOS = (CALM, LOSSY, PARTED, KILLED, SLOW, SKEWED, SINGLE, CHOOSY, STUCK, EVERYTHING, LONE)
+
+
+@pytest.fixture(scope="module")
+def outcomes() -> dict[tuple[str, int], Outcome]:
+    return {}
+
+
+def run(outcomes: dict[tuple[str, int], Outcome], scenario: Scenario, seed: int) -> Outcome:
+    """The outcome of a scenario; run once in this module."""
+    key = scenario.name, seed
+    if key not in outcomes:
+        outcomes[key] = Simulation(scenario, seed).run()
+    return outcomes[key]
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("scenario", SCENARIOS, ids=lambda scenario: scenario.name)
+def test_run_completes_without_a_standstill_and_with_few_messages(
+    outcomes: dict[tuple[str, int], Outcome], scenario: Scenario, seed: int
+) -> None:
+    outcome = run(outcomes, scenario, seed)
+    where = f"scenario {scenario.name!r}, seed {seed}"
+    stuck = any(device.hangs_at is not None for device in scenario.devices)
+    lull_s_max = LULL_S_MAX + (OVERDUE_FACTOR * STEM_LEASE_S if stuck else 0.0)
+    assert outcome.longest_lull_s <= lull_s_max, where
+    # Two exchanges per gossip round, each answered; a lease is pushed to a few and its tensors fetched.
+    assert outcome.messages_per_device_second <= 6, where
+    for shard in scenario.spec.shards:
+        assert sum(outcome.visits[shard].values()) >= scenario.spec.budget(shard), where
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_same_seed_gives_the_same_run(outcomes: dict[tuple[str, int], Outcome], seed: int) -> None:
+    assert Simulation(KILLED, seed).run() == run(outcomes, KILLED, seed)
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("scenario", (CALM, LOSSY, KILLED, SLOW), ids=lambda scenario: scenario.name)
+def test_little_more_is_trained_than_the_budgets(
+    outcomes: dict[tuple[str, int], Outcome], scenario: Scenario, seed: int
+) -> None:
+    budget = sum(SPEC.budget(shard) for shard in SPEC.shards)
+    outcome = run(outcomes, scenario, seed)
+    assert outcome.samples <= 1.05 * budget, f"scenario {scenario.name!r}, seed {seed}"
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_killed_devices_work_is_taken_over_within_a_lease_term_and_a_few_beats(
+    outcomes: dict[tuple[str, int], Outcome], seed: int
+) -> None:
+    taken_over = run(outcomes, KILLED, seed).takeover_s
+    # The death must be noticed; then the next device to finish its lease takes the work.
+    limit_s = SETTINGS.lease_term_s + 3 * BEAT_S + STEM_LEASE_S
+    assert all(seconds <= limit_s for seconds in taken_over), f"seed {seed}: {taken_over}"
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("devices", [2, 3, 5, 8], ids=lambda count: f"{count} devices")
+def test_every_shard_is_trained_on_every_devices_data(devices: int, seed: int) -> None:
+    spec = run_spec(leases=8 * devices)
+    scenario = Scenario(name="rotation", spec=spec, devices=(DevicePlan(),) * devices)
+    simulation = Simulation(scenario, seed)
+    outcome = simulation.run()
+    for shard in spec.shards:
+        fair = spec.budget(shard) / devices
+        visits = [outcome.visits[shard].get(device, 0) for device in simulation.ids]
+        assert min(visits) >= fair / 4, f"{shard}, seed {seed}: {visits}"
+        assert max(visits) <= 2 * fair + spec.schedule.lease_samples, f"{shard}, seed {seed}: {visits}"
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_two_devices_with_two_tasks_do_not_take_back_the_same_one_for_ever(seed: int) -> None:
+    spec = run_spec(2, leases=24)
+    scenario = Scenario(name="two and two", spec=spec, devices=(DevicePlan(class_counts=(100, 100)),) * 2)
+    simulation = Simulation(scenario, seed)
+    outcome = simulation.run()
+    for shard in spec.shards:
+        fair = spec.budget(shard) / 2
+        for device in simulation.ids:
+            assert abs(outcome.visits[shard].get(device, 0) - fair) <= fair / 4, f"{shard}, seed {seed}"
+    assert outcome.busy >= 0.85, f"seed {seed}"
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_slow_device_holds_nobody_up(outcomes: dict[tuple[str, int], Outcome], seed: int) -> None:
+    without = Scenario(name="without the slow one", spec=SPEC, devices=sixteen()[1:])
+    alone_s = Simulation(without, seed).run().finished_at
+    assert run(outcomes, SLOW, seed).finished_at <= 1.35 * alone_s, f"seed {seed}"
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_tasks_go_to_devices_with_examples_of_their_classes_and_of_others(seed: int) -> None:
+    simulation = Simulation(SKEWED, seed)
+    outcome = simulation.run()
+    for index, device in enumerate(simulation.ids):
+        for shard in SPEC.shards:
+            if shard != STEM and int(shard[1:]) not in {index % 10, (index + 1) % 10}:
+                assert device not in outcome.visits[shard], f"{shard} on device {index}, seed {seed}"
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_devices_are_seldom_idle(seed: int) -> None:
+    outcome = Simulation(
+        Scenario(name="many tasks", spec=run_spec(10), devices=(DevicePlan(),) * 5), seed
+    ).run()
+    assert outcome.busy >= 0.85, f"seed {seed}: {outcome.busy:.2f}"

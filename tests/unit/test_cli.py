@@ -1,0 +1,734 @@
+"""The command line: one line per error, documented exit codes, JSON and nothing else, light to start."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import select
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import status_samples as samples
+from model_specs import model_spec
+from p2pcollab.cli.main import main
+from p2pcollab.daemon.options import DaemonOptions
+from PIL import Image
+from stub_daemon import StubDaemon
+
+from p2pcollab.errors import IncompleteError, P2PCollabError
+from p2pcollab.run import JoinCode, RunSpec
+
+CODE = str(JoinCode.create(bytes(16), model_spec().run_id))
+DEADLINE_S = 20.0
+
+
+@pytest.fixture(autouse=True)
+def _environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("P2PCOLLAB_STATE", str(tmp_path / "state"))
+    monkeypatch.setenv("COLUMNS", "120")
+    for name in ("P2PCOLLAB_CODE", "P2PCOLLAB_DEBUG"):
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture
+def daemon(tmp_path: Path) -> Iterator[StubDaemon]:
+    """A daemon in the default state folder, in the middle of a run."""
+    with StubDaemon(tmp_path / "state", samples.status()) as stub:
+        yield stub
+
+
+@pytest.fixture
+def model_file(tmp_path: Path) -> Path:
+    """An untrained but whole model of four classes of 8x8 images."""
+    return _model_file(tmp_path / "model.safetensors")
+
+
+def _model_file(path: Path, leave_out: tuple[str, ...] = ()) -> Path:
+    from p2pcollab.assembly import assemble, to_bytes
+    from p2pcollab.ledger import Contribution
+    from p2pcollab.models import initial_shard
+    from p2pcollab.run import DeviceId
+
+    spec = model_spec()
+    device = DeviceId("ab" * 16)
+
+    def contribution(shard: Any) -> Contribution:
+        return Contribution(
+            run_id=spec.run_id,
+            shard=shard,
+            device=device,
+            public_key=bytes(32),
+            generation=1,
+            seen=((device, 160),),
+            lease_samples=160,
+            stem_digest="",
+            tensors_digest="cd" * 32,
+            tensors_bytes=1,
+            loss=0.1,
+            accuracy=0.5,
+            signature=bytes(64),
+        )
+
+    frontiers = {shard: (contribution(shard),) for shard in spec.shards if shard not in leave_out}
+    path.write_bytes(to_bytes(assemble(spec, frontiers, lambda one: initial_shard(spec, one.shard))))
+    return path
+
+
+def one_error_line(capsys: pytest.CaptureFixture[str]) -> str:
+    """What the command said, which must be one line on standard error and nothing on standard output."""
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    lines = captured.err.splitlines()
+    assert len(lines) == 1 and "Traceback" not in captured.err
+    return lines[0]
+
+
+# What is imported
+
+
+def test_starting_imports_nothing_heavy() -> None:
+    script = "import sys, p2pcollab.cli.main; print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, cwd="/")
+    heavy = (
+        "torch hivemind zeroconf fastapi uvicorn numpy PIL httpx sklearn cryptography p2pcollab.daemon.node"
+    )
+    assert not set(heavy.split()) & set(done.stdout.split())
+
+
+def test_asking_the_daemon_imports_neither_torch_nor_hivemind(daemon: StubDaemon) -> None:
+    script = (
+        "import sys; from p2pcollab.cli.main import main; code = main(['status']);"
+        " heavy = {'torch', 'hivemind', 'zeroconf', 'fastapi', 'numpy', 'cryptography'} & set(sys.modules);"
+        " sys.stderr.write(repr(sorted(heavy))); sys.exit(code)"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, cwd="/")
+    assert done.stderr == "[]"
+    assert "pets" in done.stdout
+
+
+# Help and usage
+
+
+def test_help_lists_every_command_and_the_exit_codes(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--help"]) == 0
+    text = capsys.readouterr().out
+    for command in (
+        "new join leave status watch peers code paths assemble evaluate predict demo".split()  # noqa: SIM905
+    ):
+        assert command in text
+    assert "Exit codes" in text
+
+
+def test_no_words_at_all_show_the_help(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([]) == 0
+    assert "Usage" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("command", ["new", "join", "status", "assemble", "evaluate", "predict", "demo"])
+def test_help_of_a_command_has_examples(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([command, "--help"]) == 0
+    text = capsys.readouterr().out
+    assert "Examples" in text and f"p2pcollab {command}" in text
+
+
+def test_version_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out.startswith("p2pcollab ")
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["frobnicate"], "no such command 'frobnicate'"),
+        (["join", "--bugdet", "1"], "--bugdet"),
+        (["join", "--budget", "7"], "--budget"),
+        (["join", "--budget", "much"], "--budget"),
+        (["join", "--port", "99999"], "--port"),
+        (["join", "--limit", "0"], "--limit"),
+        (["join", "--threads", "0"], "--threads"),
+        (["join", "--replicate", "some"], "--replicate is quota or all"),
+        (["join", "--share", "7/5"], "part 7 of only 5"),
+        (["join", "--code", "P2P-NONSENSE"], "join code"),
+        (["join", "--code", CODE, "--data", "/no/such/folder"], "there is no folder"),
+        (["new"], "NAME"),
+        (["new", "pets"], "--data is missing"),
+        (["new", "pets", "--data", "digits", "--model", "resnet"], "no model 'resnet'"),
+        (["new", "pets", "--data", "digits", "--image-size", "big"], "HxW"),
+        (["new", "pets", "--data", "digits", "--epochs", "0"], "epochs"),
+        (["new", "pets", "--data", "digits", "--prefer", "cat"], "its classes are 0, 1, 2"),
+        (["new", "pets", "--data", "torchvision:imagenet"], "imagenet"),
+        (["status", "--code", "x"], "join code"),
+        (["assemble"], "--output"),
+        (["assemble", "-o", "/"], "is a folder"),
+        (["assemble", "-o", "/no/such/folder/m.safetensors"], "there is no folder"),
+        (["evaluate", "--model", "/no/such/file", "--data", "digits"], "/no/such/file"),
+        (["predict", "--model", "/no/such/file", "x.jpg"], "/no/such/file"),
+        (["predict"], "IMAGE"),
+        (["demo", "--devices", "3"], "--devices"),
+        (["demo", "--json", "/no/such/folder/x.json"], "/no/such/folder"),
+    ],
+)
+def test_bad_input_is_one_clear_line_and_exit_code_2(
+    words: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(words) == 2
+    line = one_error_line(capsys)
+    assert line.startswith("error: ") and said in line
+
+
+def test_a_usage_error_points_to_the_help_of_its_command(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["join", "--nonsense"]) == 2
+    assert "`p2pcollab join --help`" in one_error_line(capsys)
+
+
+# Errors
+
+
+@pytest.mark.parametrize(
+    "words", [["status"], ["peers"], ["watch"], ["leave"], ["assemble", "-o", "m.safetensors"]]
+)
+def test_without_a_daemon_the_exit_code_is_3_and_the_way_out_is_named(
+    words: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(words) == 3
+    assert "p2pcollab join" in one_error_line(capsys)
+
+
+def test_errors_leave_standard_output_empty_with_json(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["status", "--json"]) == 3
+    one_error_line(capsys)
+
+
+def test_a_bug_of_ours_is_one_line_and_the_traceback_goes_to_a_file(
+    daemon: StubDaemon, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    def broken(*_args: object, **_kwargs: object) -> None:
+        raise ZeroDivisionError("a bug")
+
+    monkeypatch.setattr("p2pcollab.cli.view_status.status_page", broken)
+    assert main(["status"]) == 1
+    line = one_error_line(capsys)
+    assert line.startswith("internal error: ZeroDivisionError: a bug; please report it")
+    (log,) = (tmp_path / "state").glob("cli-error-*.log")
+    assert str(log) in line and "Traceback" in log.read_text()
+    monkeypatch.setenv("P2PCOLLAB_DEBUG", "1")
+    with pytest.raises(ZeroDivisionError):
+        main(["status"])
+
+
+def test_interrupt_is_exit_code_130(
+    daemon: StubDaemon, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(*_args: object, **_kwargs: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("p2pcollab.cli.view_status.status_page", interrupted)
+    assert main(["status"]) == 130
+    assert "Traceback" not in capsys.readouterr().err
+
+
+def test_a_reader_that_goes_away_is_no_error_to_talk_about(daemon: StubDaemon) -> None:
+    script = "import sys; from p2pcollab.cli.main import main; sys.exit(main(['status', '--json']))"
+    read, write = os.pipe()
+    os.close(read)
+    done = subprocess.run(
+        [sys.executable, "-c", script], stdout=write, stderr=subprocess.PIPE, text=True, cwd="/"
+    )
+    os.close(write)
+    assert done.returncode == 1
+    assert done.stderr == ""
+
+
+def test_a_class_in_greek_does_not_end_the_program_on_an_ascii_terminal(daemon: StubDaemon) -> None:
+    daemon.status["shards"][1]["label"] = "γάτα"
+    script = "import sys; from p2pcollab.cli.main import main; sys.exit(main(['status']))"
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, env=environment, cwd="/")
+    assert done.returncode == 0 and b"pets" in done.stdout
+
+
+# Showing
+
+
+def test_status_json_is_the_daemons_status_and_nothing_else(
+    daemon: StubDaemon, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["status", "--json"]) == 0
+    captured = capsys.readouterr()
+    assert json.loads(captured.out) == daemon.status
+    assert captured.err == ""
+
+
+def test_status_and_peers_show_pages(daemon: StubDaemon, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["status"]) == 0
+    assert "airplane" in capsys.readouterr().out
+    assert main(["peers"]) == 0
+    assert "jetson" in capsys.readouterr().out
+
+
+def test_peers_json_is_a_list(daemon: StubDaemon, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["peers", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == daemon.status["peers"]
+
+
+def test_code_prints_the_join_code_and_nothing_else(
+    daemon: StubDaemon, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["code"]) == 0
+    assert capsys.readouterr().out == daemon.status["run"]["join_code"] + "\n"
+    assert main(["code", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == {"join_code": daemon.status["run"]["join_code"]}
+
+
+def test_state_option_goes_before_the_environment(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with StubDaemon(tmp_path / "other", samples.status()):
+        assert main(["status"]) == 3
+        capsys.readouterr()
+        assert main(["status", "--state", str(tmp_path / "other")]) == 0
+
+
+def test_paths_names_folder_log_and_sizes(
+    daemon: StubDaemon, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shards = tmp_path / "state" / "runs" / "0123" / "shards" / "ab"
+    shards.mkdir(parents=True)
+    (shards / "cd.safetensors").write_bytes(bytes(1000))
+    assert main(["paths", "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["state"] == str(tmp_path / "state")
+    assert facts["daemon"] == os.getpid()
+    assert facts["runs"] == [{"folder": str(shards.parent.parent), "shards": 1, "bytes": 1000}]
+    assert main(["paths"]) == 0
+    assert "1 shard, 1.00 kB" in capsys.readouterr().out
+
+
+def test_paths_works_without_a_daemon(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["paths", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["daemon"] is None
+
+
+def test_watch_prints_events_once_and_ends_with_ctrl_c(
+    daemon: StubDaemon, capsys: pytest.CaptureFixture[str]
+) -> None:
+    daemon.events = [{"id": 1, "time": time.time(), "kind": "lease", "text": "training cat"}]
+    daemon.on_request = _interrupting(daemon, "/v1/events", 2)
+    assert main(["watch"]) == 0
+    out = capsys.readouterr().out
+    assert out.count("training cat") == 1
+    assert "run 40%" in out
+
+
+def test_watch_json_is_one_status_per_line(daemon: StubDaemon, capsys: pytest.CaptureFixture[str]) -> None:
+    daemon.on_request = _interrupting(daemon, "/v1/events", 2)
+    assert main(["watch", "--json"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 2
+    assert all(json.loads(line) == daemon.status for line in lines)
+
+
+def test_watch_names_a_gap_in_the_events(daemon: StubDaemon, capsys: pytest.CaptureFixture[str]) -> None:
+    from p2pcollab.cli.foreground import _Feed
+    from p2pcollab.daemon.api_client import EventPage
+
+    pages = [
+        EventPage(events=({"id": 4, "time": 1.0, "kind": "x", "text": "x"},), first_id=1),
+        EventPage(events=({"id": 9, "time": 1.0, "kind": "x", "text": "x"},), first_id=8),
+    ]
+
+    class Client:
+        def status(self) -> dict[str, Any]:
+            return {}
+
+        def events(self, after: int) -> EventPage:
+            return pages.pop(0)
+
+    feed = _Feed(Client(), since=0.0)  # type: ignore[arg-type]
+    assert [event["kind"] for event in feed.poll()] == ["x"]
+    assert [event["text"] for event in feed.poll()] == ["3 earlier events were not kept", "x"]
+
+
+def test_watch_draws_on_a_terminal_and_ctrl_c_ends_it(daemon: StubDaemon) -> None:
+    master, slave = pty.openpty()
+    script = "import sys; from p2pcollab.cli.main import main; sys.exit(main(['watch']))"
+    environment = {**os.environ, "COLUMNS": "80", "LINES": "40", "TERM": "xterm"}
+    process = subprocess.Popen(
+        [sys.executable, "-c", script], stdout=slave, stderr=slave, env=environment, cwd="/"
+    )
+    os.close(slave)
+    try:
+        assert "this device trains" in _read_until(master, "this device trains")
+        process.send_signal(signal.SIGINT)
+        assert process.wait(DEADLINE_S) == 0
+    finally:
+        process.kill()
+        os.close(master)
+
+
+# Taking part
+
+
+class Launches:
+    """Takes the launcher's place: notes the options, and gives a child process that the test scripts."""
+
+    def __init__(self, stub: StubDaemon, script: str) -> None:
+        self.options: list[DaemonOptions] = []
+        self.process: subprocess.Popen[bytes] | None = None
+        self._stub = stub
+        self._script = script
+
+    def __call__(self, options: dict[str, Any]) -> Any:
+        from p2pcollab.daemon.launcher import Launched
+
+        self.options.append(DaemonOptions.parse(json.dumps(options).encode()))
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", self._script],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            start_new_session=True,
+        )
+        return Launched(process=self.process, pid=self.process.pid, port=1)
+
+
+#: A daemon that leaves when its standard input ends, one that does not listen, one that finds its data bad.
+OBEDIENT = "import sys; sys.stdin.read()"
+DEAF = "import time; time.sleep(600)"
+FAILING = (
+    'print(\'{"ok": false, "kind": "DataError", "what": "no images", "fix": "add some"}\');'
+    "raise SystemExit(2)"
+)
+
+
+@pytest.fixture
+def launches(daemon: StubDaemon, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], Launches]]:
+    made: list[Launches] = []
+
+    def install(script: str) -> Launches:
+        made.append(Launches(daemon, script))
+        monkeypatch.setattr("p2pcollab.daemon.launcher.launch", made[-1])
+        return made[-1]
+
+    yield install
+    for one in made:
+        if one.process is not None:
+            one.process.kill()
+            one.process.wait()
+            for pipe in (one.process.stdin, one.process.stdout):
+                assert pipe is not None
+                pipe.close()
+
+
+def test_first_ctrl_c_asks_the_daemon_to_leave_and_waits_for_it(
+    daemon: StubDaemon, launches: Callable[[str], Launches], capsys: pytest.CaptureFixture[str]
+) -> None:
+    launched = launches(OBEDIENT)
+    daemon.on_request = _interrupting(daemon, "/v1/status", 1, then_leave=launched)
+    assert main(["join", "--code", CODE]) == 0
+    assert daemon.count("/v1/leave") == 1
+    captured = capsys.readouterr()
+    assert "Ctrl-C again to force" in captured.out and "left the run" in captured.out
+
+
+def test_second_ctrl_c_kills_the_daemons_processes(
+    daemon: StubDaemon, launches: Callable[[str], Launches], capsys: pytest.CaptureFixture[str]
+) -> None:
+    launched = launches(DEAF)
+
+    def twice(path: str) -> None:
+        if path in ("/v1/status", "/v1/leave") and daemon.count(path) == 1:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    daemon.on_request = twice
+    assert main(["join", "--code", CODE]) == 130
+    assert launched.process is not None and launched.process.returncode == -signal.SIGKILL
+
+
+def test_a_daemon_that_ends_with_an_error_gives_its_reason_and_exit_code(
+    launches: Callable[[str], Launches], capsys: pytest.CaptureFixture[str]
+) -> None:
+    launches(FAILING)
+    assert main(["join", "--code", CODE]) == 2
+    assert "error: no images; add some" in capsys.readouterr().err
+
+
+def test_a_daemon_that_is_killed_is_reported(
+    daemon: StubDaemon, launches: Callable[[str], Launches], capsys: pytest.CaptureFixture[str]
+) -> None:
+    launches("import os, signal; os.kill(os.getpid(), signal.SIGKILL)")
+    assert main(["join", "--code", CODE]) == 3
+    assert "was killed (signal 9)" in capsys.readouterr().err
+
+
+def test_new_makes_a_run_and_prints_the_command_for_the_next_device(
+    launches: Callable[[str], Launches], capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    launched = launches(OBEDIENT)
+    words = ["new", "digits", "--data", "digits", "--share", "1/3", "--limit", "900", "--prefer", "3,4"]
+    assert main([*words, "--budget", "0.5", "--name", "desk", "--detach"]) == 0
+    (options,) = launched.options
+    assert options.spec is not None and options.secret_hex is not None
+    spec = RunSpec.decode(options.spec.encode())
+    code = str(JoinCode.create(bytes.fromhex(options.secret_hex), spec.run_id))
+    assert f"    p2pcollab join --code {code} --data FOLDER\n" in capsys.readouterr().out
+    assert (options.mode, options.prefer, options.budget) == ("new", ("3", "4"), 0.5)
+    assert (options.nickname, options.share, options.attached) == ("desk", "1/3", False)
+    assert options.state == tmp_path / "state"
+    assert len(spec.tasks) == 10 and spec.model.family == "digits"
+    assert spec.schedule.budget_samples % 900 == 0
+
+
+def test_two_equal_news_make_two_runs(launches: Callable[[str], Launches]) -> None:
+    launched = launches(OBEDIENT)
+    for _ in range(2):
+        assert main(["new", "digits", "--data", "digits", "--detach"]) == 0
+    assert launched.options[0].spec != launched.options[1].spec
+    assert launched.options[0].secret_hex != launched.options[1].secret_hex
+
+
+def test_detached_json_holds_what_a_script_needs(
+    launches: Callable[[str], Launches], capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    launches(OBEDIENT)
+    assert main(["new", "digits", "--data", "digits", "--detach", "--json"]) == 0
+    captured = capsys.readouterr()
+    facts = json.loads(captured.out)
+    assert set(facts) == {"pid", "port", "state", "join_code"}
+    assert JoinCode.parse(facts["join_code"])
+    assert captured.err == ""
+
+
+def test_join_code_comes_from_option_standard_input_or_environment(
+    launches: Callable[[str], Launches], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    launched = launches(OBEDIENT)
+    assert main(["join", "--code", CODE.lower(), "--detach"]) == 0
+    read, write = os.pipe()
+    os.write(write, f"{CODE}\n".encode())
+    os.close(write)
+    with os.fdopen(read) as stream:
+        monkeypatch.setattr(sys, "stdin", stream)
+        assert main(["join", "--code", "-", "--detach"]) == 0
+    monkeypatch.setenv("P2PCOLLAB_CODE", CODE)
+    assert main(["join", "--detach"]) == 0
+    assert [(options.mode, options.code) for options in launched.options] == [("join", CODE)] * 3
+
+
+def test_join_without_a_code_resumes(launches: Callable[[str], Launches]) -> None:
+    launched = launches(OBEDIENT)
+    assert main(["join", "--detach", "--replicate", "all", "--peer", "a:1", "--peer", "b:2"]) == 0
+    (options,) = launched.options
+    assert (options.mode, options.code, options.replicate_all) == ("resume", None, True)
+    assert options.peers == ("a:1", "b:2")
+
+
+def test_paths_given_to_the_daemon_are_absolute(
+    launches: Callable[[str], Launches], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    launched = launches(OBEDIENT)
+    (tmp_path / "pics").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert (
+        main(["join", "--code", CODE, "--data", "pics", "--data-root", "sets", "--state", "s", "--detach"])
+        == 0
+    )
+    (options,) = launched.options
+    assert options.data == str(tmp_path / "pics")
+    assert (options.data_root, options.state) == (tmp_path / "sets", tmp_path / "s")
+
+
+def test_leave_waits_until_the_daemon_has_gone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with subprocess.Popen([sys.executable, "-c", OBEDIENT], stdin=subprocess.PIPE) as child:
+        assert child.stdin is not None
+        with StubDaemon(tmp_path / "state", samples.status(), pid=child.pid) as stub:
+            stub.on_request = lambda path: child.stdin.close() if path == "/v1/leave" else None  # type: ignore[union-attr]
+            assert main(["leave"]) == 0
+        assert "left the run" in capsys.readouterr().out
+        assert child.wait(DEADLINE_S) == 0
+
+
+# The model
+
+
+def test_assemble_writes_the_file_and_says_what_is_in_it(
+    daemon: StubDaemon, model_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import hashlib
+
+    daemon.model = model_file.read_bytes()
+    target = tmp_path / "out.safetensors"
+    for verb in ("written", "replaced"):
+        assert main(["assemble", "-o", str(target)]) == 0
+        out = capsys.readouterr().out
+        assert verb in out and hashlib.sha256(daemon.model).hexdigest() in out
+    assert target.read_bytes() == daemon.model
+    assert main(["assemble", "-o", str(target), "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["written"] and facts["missing"] == [] and facts["coverage"] == 1.0
+    assert facts["shards"][1]["contributors"] == {"ab" * 16: 160}
+
+
+def test_an_incomplete_model_is_exit_code_5_names_the_tasks_and_writes_nothing(
+    daemon: StubDaemon, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    daemon.model = _model_file(tmp_path / "part.safetensors", leave_out=("t1", "t3")).read_bytes()
+    daemon.headers = {"X-Missing": "t1,t3", "X-Coverage": "0.5"}
+    target = tmp_path / "out.safetensors"
+    assert main(["assemble", "-o", str(target)]) == IncompleteError.exit_code == 5
+    assert "lacks 2 of 4 tasks: class 1, class 3" in one_error_line(capsys)
+    assert not target.exists()
+    assert main(["assemble", "-o", str(target), "--allow-incomplete"]) == 0
+    assert "warning: the model lacks 2 of 4 tasks" in capsys.readouterr().err
+    assert target.exists()
+
+
+def _image_folder(folder: Path, classes: int = 4, per_class: int = 10) -> Path:
+    generator = np.random.default_rng(0)
+    for index in range(classes):
+        (folder / f"class {index}").mkdir(parents=True)
+        for number in range(per_class):
+            pixels = generator.integers(0, 255, (8, 8), dtype=np.uint8)
+            Image.fromarray(pixels).save(folder / f"class {index}" / f"{number}.png")
+    return folder
+
+
+def test_evaluate_counts_right_answers_by_class(
+    model_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = _image_folder(tmp_path / "images")
+    words = ["evaluate", "--model", str(model_file), "--data", str(folder)]
+    assert main([*words, "--all", "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result["images"] == 40 and [row["images"] for row in result["classes"]] == [10] * 4
+    assert result["accuracy"] == sum(row["right"] for row in result["classes"]) / 40
+    assert main([*words, "--json"]) == 0
+    assert 0 < json.loads(capsys.readouterr().out)["images"] < 40
+    assert main([*words, "--all"]) == 0
+    assert "on 40 images" in capsys.readouterr().out
+
+
+def test_predict_names_the_likeliest_classes(
+    model_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = _image_folder(tmp_path / "images") / "class 0"
+    words = ["predict", "--model", str(model_file), "--top", "2"]
+    assert main([*words, str(folder / "0.png"), str(folder / "1.png")]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 2 and all(line.count("class ") >= 2 and "%" in line for line in lines)
+    assert main([*words, "--json", str(folder)]) == 0
+    predictions = json.loads(capsys.readouterr().out)["predictions"]
+    assert len(predictions) == 10
+    assert all(
+        1 >= one["classes"][0]["probability"] >= one["classes"][1]["probability"] for one in predictions
+    )
+
+
+def test_predict_leaves_out_what_is_no_image_and_says_so(
+    model_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = _image_folder(tmp_path / "images") / "class 0"
+    (tmp_path / "fake.jpg").write_text("no image")
+    words = ["predict", "--model", str(model_file)]
+    assert main([*words, str(folder / "0.png"), str(tmp_path / "fake.jpg")]) == 1
+    captured = capsys.readouterr()
+    assert len(captured.out.splitlines()) == 1 and "fake.jpg" in captured.err
+    assert main([*words, str(tmp_path / "fake.jpg")]) == 2
+    assert "fake.jpg" in one_error_line(capsys)
+    assert main([*words, str(tmp_path / "nowhere.jpg")]) == 2
+    assert "nowhere.jpg" in one_error_line(capsys)
+
+
+@pytest.mark.parametrize("damage", ["empty", "text", "cut", "flipped"])
+def test_a_damaged_model_file_is_one_clear_line(
+    damage: str, model_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = model_file.read_bytes()
+    flipped = bytes([data[-5] ^ 1])
+    broken = {"empty": b"", "text": b"hello", "cut": data[:-9], "flipped": data[:-5] + flipped + data[-4:]}
+    (tmp_path / "broken.safetensors").write_bytes(broken[damage])
+    for words in (["evaluate", "--data", "digits"], ["predict", "x.png"]):
+        assert main([*words, "--model", str(tmp_path / "broken.safetensors")]) == 2
+        assert "broken.safetensors" in one_error_line(capsys)
+
+
+# The demo
+
+
+@pytest.fixture
+def fake_demo(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """`run_demo` without devices: shows two states and returns a result."""
+    wishes: list[Any] = []
+
+    def run_demo(options: Any, on_update: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
+        wishes.append(options)
+        on_update(samples.demo_state())
+        on_update({"phase": "central baseline", "elapsed_s": 50.0, "message": "", "devices": []})
+        return samples.demo_result()
+
+    monkeypatch.setattr("p2pcollab.daemon.demo.run_demo", run_demo)
+    return wishes
+
+
+def test_demo_shows_its_progress_and_what_it_measured(
+    fake_demo: list[Any], capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    result = tmp_path / "result.json"
+    words = ["demo", "--devices", "6", "--partition", "shared", "--seed", "3", "--limit", "500"]
+    assert main([*words, "--json", str(result), "--keep", str(tmp_path / "keep")]) == 0
+    out = capsys.readouterr().out
+    assert "pi was killed" in out and "central baseline" in out and "96.1%" in out
+    assert json.loads(result.read_text()) == samples.demo_result()
+    (options,) = fake_demo
+    assert (options.devices, options.partition, options.seed, options.limit) == (6, "shared", 3, 500)
+    assert options.state == tmp_path / "keep"
+
+
+def test_demo_json_on_standard_output_is_json_and_nothing_else(
+    fake_demo: list[Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["demo", "--json", "-"]) == 0
+    captured = capsys.readouterr()
+    assert json.loads(captured.out) == samples.demo_result()
+    assert "central baseline" in captured.err
+
+
+@pytest.mark.parametrize(
+    ("change", "code"),
+    [({"missing": ["t1"]}, 5), ({"digests": ["a" * 64, "b" * 64]}, P2PCollabError.exit_code)],
+)
+def test_a_demo_that_fails_to_show_its_point_is_an_error(
+    change: dict[str, Any], code: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("p2pcollab.daemon.demo.run_demo", lambda *_: samples.demo_result() | change)
+    assert main(["demo"]) == code
+    assert "error: " in capsys.readouterr().err
+
+
+def _interrupting(
+    daemon: StubDaemon, path: str, times: int, then_leave: Launches | None = None
+) -> Callable[[str], None]:
+    """Sends Ctrl-C to this process at the n-th request for a path; obeys `leave`."""
+
+    def on_request(asked: str) -> None:
+        if asked.partition("?")[0] == path and daemon.count(path) == times:
+            os.kill(os.getpid(), signal.SIGINT)
+        if asked == "/v1/leave" and then_leave is not None:
+            assert then_leave.process is not None and then_leave.process.stdin is not None
+            then_leave.process.stdin.close()
+
+    return on_request
+
+
+def _read_until(descriptor: int, wanted: str) -> str:
+    """What a terminal got, up to and with some text."""
+    text, deadline = "", time.monotonic() + DEADLINE_S
+    while wanted not in text and time.monotonic() < deadline:
+        if select.select([descriptor], [], [], 0.5)[0]:
+            text += os.read(descriptor, 65536).decode(errors="replace")
+    return text

@@ -1,0 +1,575 @@
+"""One device's decisions: liveness, claims, what a lease starts from, what is fetched and kept."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from ledger_examples import T0, contribution, device, small_spec, successor
+
+from p2pcollab.coordinator import (
+    HOPELESS,
+    Advert,
+    BoardRecord,
+    Coordinator,
+    CoordinatorSettings,
+    JobPlan,
+)
+from p2pcollab.holdings import ReplicationSettings
+from p2pcollab.ledger import Contribution, states_digest
+from p2pcollab.presence import FORGET_TERMS, OVERDUE_FACTOR
+from p2pcollab.run import STEM, RunSpec, ShardId
+
+SPEC = small_spec(4)
+SETTINGS = CoordinatorSettings()
+TERM = SETTINGS.lease_term_s
+T1 = ShardId("t1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Record:
+    device: str
+    beat: int = 1
+    state: str = "idle"
+    speed: float = 1.0
+    tasks: tuple[str, ...] | None = None
+    prefer: tuple[str, ...] = ()
+    class_counts: tuple[int, ...] = (10, 10, 10, 10)
+    leases: tuple[str, ...] = ()
+    lease_sequence: int = 0
+    progress: tuple[tuple[str, int, int], ...] = ()
+
+
+def coordinator(
+    index: int = 0,
+    *,
+    spec: RunSpec = SPEC,
+    settings: CoordinatorSettings = SETTINGS,
+    seed: int = 0,
+    advert: Advert | None = None,
+) -> Coordinator:
+    offered = advert or Advert(speed=1.0, class_counts=(10,) * len(spec.classes))
+    return Coordinator(spec, device(index), offered, settings, random.Random(seed))
+
+
+def record_of(one: Coordinator) -> Record:
+    """What a coordinator shows of itself now."""
+    fields = one.record_fields()
+    return Record(
+        device=one.device,
+        beat=fields.beat,
+        state=fields.state,
+        leases=fields.leases,
+        lease_sequence=fields.lease_sequence,
+        progress=fields.progress,
+        class_counts=one.advert.class_counts,
+    )
+
+
+def mine(entry: Contribution, spec: RunSpec = SPEC) -> Contribution:
+    """The contribution, of this run."""
+    return replace(entry, run_id=spec.run_id)
+
+
+def holding(
+    shards: tuple[ShardId, ...], entries: Iterable[Contribution] = (), *, now: float = 0.0
+) -> Coordinator:
+    """A coordinator that holds leases on these shards, next to a live device 1 that trains nothing."""
+    tasks = frozenset(shard for shard in shards if shard != STEM)
+    counts = (10, 10, 10, 10)
+    one = coordinator(advert=Advert(speed=1.0, class_counts=counts, tasks=tasks))
+    sealed = () if STEM in shards else (mine(contribution(9, {9: SPEC.budget(STEM)}, shard=STEM)),)
+    one.receive([*sealed, *map(mine, entries)], now)
+    one.observe_board([Record(device=device(1), state="observer", beat=int(now * 10) + 1)], now)
+    claim = one.decide(now)
+    assert claim is not None
+    assert set(claim.shards) == set(shards)
+    one.confirm(now)
+    return one
+
+
+def digests(one: Coordinator) -> set[str]:
+    return {entry.tensors_digest for entry in one.ledger.entries.values()}
+
+
+def start(one: Coordinator, held: set[str], now: float) -> JobPlan:
+    plan = one.job(held, now)
+    assert plan is not None
+    return plan
+
+
+# --- liveness ---
+
+
+def test_device_is_alive_for_a_lease_term_after_its_beat_rose() -> None:
+    one = coordinator()
+    one.observe_board([Record(device=device(1), beat=5)], 0.0)
+    for now in (3.0, 6.0, 9.0):
+        one.observe_board([Record(device=device(1), beat=5)], now)
+    assert one.live(TERM) == (device(0), device(1))
+    assert one.live(TERM + 0.1) == (device(0),)
+    one.observe_board([Record(device=device(1), beat=6)], 12.0)
+    assert one.live(12.0) == (device(0), device(1))
+
+
+def test_stale_echo_of_a_record_does_not_revive_its_device() -> None:
+    one = coordinator()
+    for beat, now in ((5, 0.0), (6, 2.0), (5, 4.0), (6, 6.0), (5, 8.0), (6, 10.0), (5, 12.0)):
+        one.observe_board([Record(device=device(1), beat=beat)], now)
+    assert one.live(12.0) == (device(0),)
+
+
+def test_device_that_is_no_longer_shown_is_forgotten_and_may_start_at_any_beat() -> None:
+    one = coordinator()
+    one.observe_board([Record(device=device(1), beat=500)], 0.0)
+    later = FORGET_TERMS * TERM + 1
+    for step in range(1, int(later)):
+        one.observe_board([], float(step))
+    one.observe_board([Record(device=device(1), beat=1)], later)
+    assert device(1) in one.live(later)
+
+
+def test_device_that_left_is_gone_at_once() -> None:
+    one = coordinator()
+    one.observe_board([Record(device=device(1), beat=1)], 0.0)
+    one.observe_board([Record(device=device(1), beat=2, state="left")], 1.0)
+    assert one.live(1.0) == (device(0),)
+
+
+def test_own_suspension_is_no_evidence_of_the_death_of_others() -> None:
+    one = coordinator()
+    one.observe_board([Record(device=device(1), beat=1)], 0.0)
+    one.observe_board([Record(device=device(1), beat=1)], 100.0)
+    assert device(1) in one.live(100.0)
+    one.observe_board([Record(device=device(1), beat=1)], 103.0)
+    one.observe_board([Record(device=device(1), beat=1)], 106.0)
+    one.observe_board([Record(device=device(1), beat=1)], 109.0)
+    assert device(1) not in one.live(109.0)
+
+
+def test_restarted_device_goes_on_above_its_own_record_on_the_board() -> None:
+    one = coordinator()
+    one.observe_board([Record(device=device(0), beat=41, lease_sequence=7, leases=("t0",))], 0.0)
+    fields = one.record_fields()
+    assert fields.beat == 42
+    assert fields.leases == ()
+    claim = one.decide(0.0)
+    assert claim is not None
+    assert claim.sequence == 8
+    assert one.foreign_beats == 1
+    one.observe_board([record_of(one)], 1.0)
+    assert one.foreign_beats == 1
+
+
+# --- claims ---
+
+
+def test_nothing_is_claimed_before_the_board_was_read() -> None:
+    one = coordinator()
+    assert one.decide(0.0) is None
+    one.observe_board([], 0.0)
+    assert one.decide(0.0) is not None
+
+
+@pytest.mark.parametrize("reason", ["leaving", "paused", "busy"])
+def test_nothing_is_claimed_when(reason: str) -> None:
+    one = coordinator()
+    one.observe_board([], 0.0)
+    if reason == "leaving":
+        one.leave()
+    elif reason == "paused":
+        one.advert = replace(one.advert, works=False)
+    else:
+        assert one.decide(0.0) is not None
+    assert one.decide(0.0) is None
+
+
+@given(st.integers(0, 1000), st.integers(2, 5))
+def test_of_devices_that_claim_the_same_at_once_exactly_one_keeps_each_shard(seed: int, count: int) -> None:
+    ones = [coordinator(index, seed=seed + index) for index in range(count)]
+    for one in ones:
+        # Nobody sees another: each takes itself for alone.
+        one.observe_board([], 0.0)
+        assert one.decide(0.0) is not None
+    claimed = {shard for one in ones for shard in one.leases}
+    records = [record_of(one) for one in ones]
+    for one in ones:
+        one.observe_board(records, 1.0)
+    kept = [shard for one in ones for shard in one.confirm(1.0)]
+    assert sorted(kept) == sorted(claimed)
+
+
+def test_claim_yields_to_a_device_that_started_unseen() -> None:
+    one = coordinator()
+    one.observe_board([], 0.0)
+    claim = one.decide(0.0)
+    assert claim is not None
+    rival = Record(device=device(1), state="training", leases=claim.shards, lease_sequence=1)
+    one.observe_board([rival], 1.0)
+    assert one.confirm(1.0) == ()
+    assert one.leases == ()
+    assert one.state == "idle"
+
+
+def test_holders_that_a_claim_knew_of_do_not_contest_it() -> None:
+    one = coordinator()
+    others = [
+        Record(device=device(1 + index), state="training", leases=(shard,), lease_sequence=1)
+        for index, shard in enumerate(SPEC.shards)
+    ]
+    one.observe_board(others, 0.0)
+    claim = one.decide(0.0)
+    assert claim is not None
+    one.observe_board([replace(record, beat=2) for record in others], 1.0)
+    assert one.confirm(1.0) == claim.shards
+    assert one.state == "training"
+
+
+def test_device_does_not_wait_for_ever_for_an_idle_one_that_takes_nothing() -> None:
+    one = coordinator(advert=Advert(speed=1.0, class_counts=(10,) * 4, tasks=frozenset({T0})))
+    # A last lease is left, and the other one prefers it, but never claims it.
+    one.receive(
+        [mine(contribution(9, {9: SPEC.budget(STEM)}, shard=STEM)), mine(contribution(9, {9: 950}))], 0.0
+    )
+    idle = Record(device=device(1), prefer=("t0",))
+    now = 0.0
+    while now < TERM:
+        one.observe_board([replace(idle, beat=int(now * 10) + 1)], now)
+        if one.decide(now) is not None:
+            break
+        now += 1.0
+    assert TERM / 2 <= now <= TERM
+
+
+def test_device_with_unfit_data_takes_a_task_only_when_all_hope_is_gone() -> None:
+    tasks = frozenset({T0})
+    one = coordinator(advert=Advert(speed=1.0, class_counts=(0, 10, 10, 10), tasks=tasks))
+    one.receive([mine(contribution(9, {9: SPEC.budget(STEM)}, shard=STEM))], 0.0)
+    now = 0.0
+    while now < 10 * TERM:
+        one.observe_board([Record(device=device(1), beat=int(now * 10) + 1)], now)
+        if one.decide(now) is not None:
+            break
+        now += 1.0
+    assert HOPELESS * TERM / 2 <= now <= HOPELESS * TERM + 1
+
+
+def test_unfit_device_first_looks_who_else_is_there() -> None:
+    one = coordinator(advert=Advert(speed=1.0, class_counts=(0, 10, 10, 10), tasks=frozenset({T0})))
+    one.receive([mine(contribution(9, {9: SPEC.budget(STEM)}, shard=STEM))], 0.0)
+    one.observe_board([], 0.0)
+    assert one.decide(0.0) is None
+    one.observe_board([], TERM / 2)
+    assert one.decide(TERM / 2) is not None
+
+
+def test_lease_that_takes_far_too_long_is_trained_by_others() -> None:
+    one = holding((STEM,))
+    start(one, set(), 0.0)
+    one.finished(10.0)
+    one.advert = replace(one.advert, tasks=frozenset())
+    entry = successor((), 2, SPEC.budget(STEM) - 50, shard=STEM)
+    one.receive([mine(entry)], 10.0)
+    stuck = Record(device=device(1), state="training", leases=("stem",), lease_sequence=1)
+    claimed_at = None
+    for now in range(11, 200):
+        one.observe_board([replace(stuck, beat=now)], float(now))
+        if one.decide(float(now)) is not None:
+            claimed_at = now
+            break
+    assert claimed_at is not None
+    assert OVERDUE_FACTOR * 10.0 <= claimed_at - 11 <= OVERDUE_FACTOR * 10.0 + 2
+
+
+def test_claim_names_the_devices_that_promise_newer_contributions() -> None:
+    one = coordinator()
+    ahead = Record(device=device(1), state="observer", progress=(("stem", 3, 300),))
+    level = Record(device=device(2), state="observer")
+    one.observe_board([ahead, level], 0.0)
+    claim = one.decide(0.0)
+    assert claim is not None
+    assert claim.ask == (device(1),)
+
+
+# --- what a lease starts from ---
+
+
+def test_lease_waits_for_the_tensors_that_it_starts_from() -> None:
+    entry = contribution(1)
+    one = holding((T0,), [entry])
+    assert one.job(set(), 0.0) is None
+    assert one.leases == (T0,)
+    stem = one.ledger.frontier(STEM)
+    wanted = one.wanted(set(), 0.0)
+    assert [want.digest for want in wanted] == [stem[0].tensors_digest, entry.tensors_digest]
+    assert all(want.needed and want.holders == (device(1),) for want in wanted)
+    plan = start(one, {want.digest for want in wanted}, 0.0)
+    job = plan.shards[0]
+    assert [parent.tensors_digest for parent in job.parents] == [entry.tensors_digest]
+    assert job.samples == 10
+    assert job.progress == 0.01
+    assert job.generation == 2
+    assert job.seen(device(0), 100) == ((device(0), 100), (device(1), 10))
+    assert plan.stem == stem
+    assert plan.stem_digest == states_digest(stem)
+    assert plan.samples == 100
+
+
+def test_stem_needs_no_stem() -> None:
+    one = holding((STEM,))
+    plan = start(one, set(), 0.0)
+    assert plan.stem == ()
+    assert plan.stem_digest == ""
+
+
+def test_lease_starts_from_what_came_before_when_nobody_has_the_newest() -> None:
+    first = contribution(1)
+    second = successor((first,), 2)
+    one = holding((T0,), [first, second])
+    held = digests(one) - {second.tensors_digest}
+    assert one.job(held, 0.0) is None
+    one.refused(second.tensors_digest, device(1), 0.0)
+    plan = start(one, held, 0.1)
+    assert [parent.tensors_digest for parent in plan.shards[0].parents] == [first.tensors_digest]
+    # The lost work may come back: it is not declared contained.
+    assert plan.shards[0].seen(device(0), 5) == ((device(0), 5), (device(1), 10))
+
+
+def test_lease_starts_from_a_devices_previous_contribution_when_its_newest_is_lost() -> None:
+    first = contribution(1)
+    second = successor((first,), 1)
+    one = holding((T0,), [first])
+    one.receive([mine(second)], 0.0)
+    one.refused(second.tensors_digest, device(1), 0.0)
+    held = digests(one) - {second.tensors_digest} | {first.tensors_digest}
+    plan = start(one, held, 0.1)
+    assert [parent.tensors_digest for parent in plan.shards[0].parents] == [first.tensors_digest]
+
+
+def test_lease_waits_no_longer_than_its_patience_for_a_maker_that_is_dead() -> None:
+    lost = contribution(3)
+    one = holding((T0,), [lost])
+    held = digests(one) - {lost.tensors_digest}
+    patience_s = SETTINGS.replication.patience_s
+    for now in (0.0, patience_s / 2, patience_s):
+        one.observe_board([Record(device=device(1), state="observer", beat=100 + int(now))], now)
+        assert one.job(held, now) is None
+    assert start(one, held, patience_s + 0.1).shards[0].parents == ()
+
+
+def test_tensors_that_stay_lost_are_declared_contained() -> None:
+    lost = contribution(3)
+    one = holding((T0,), [lost])
+    held = digests(one) - {lost.tensors_digest}
+    assert one.job(held, 0.0) is None
+    plan = start(one, held, SETTINGS.replication.write_off_s + 1)
+    job = plan.shards[0]
+    assert job.parents == ()
+    assert dict(job.seen(device(0), 5)) == {device(0): 5, device(3): 10}
+    entry = mine(contribution(0, {0: 5, 3: 10}, generation=job.generation))
+    one.receive([entry], 70.0)
+    assert one.ledger.frontier(T0) == (entry,)
+
+
+def test_count_is_never_used_twice_even_if_own_tensors_are_lost() -> None:
+    own = contribution(0)
+    one = holding((T0,), [own])
+    one.refused(own.tensors_digest, device(1), 0.0)
+    job = start(one, digests(one) - {own.tensors_digest}, 0.0).shards[0]
+    assert job.parents == ()
+    assert job.seen(device(0), 5) == ((device(0), 15),)
+    assert job.generation == 2
+
+
+def test_shards_that_others_completed_meanwhile_are_released() -> None:
+    one = holding((T0,))
+    one.receive([mine(contribution(1, {1: SPEC.budget(T0)}))], 0.0)
+    assert one.job(digests(one), 0.0) is None
+    assert one.leases == ()
+
+
+def test_lease_in_progress_is_needed_until_all_its_shards_are_complete() -> None:
+    one = holding((T0, T1))
+    start(one, digests(one), 0.0)
+    one.receive([mine(contribution(1, {1: SPEC.budget(T0)}))], 1.0)
+    assert one.still_needed()
+    one.receive([mine(contribution(1, {1: SPEC.budget(T1)}, shard=T1))], 1.0)
+    assert not one.still_needed()
+    one.abandoned(1.0)
+    assert one.leases == ()
+
+
+@pytest.mark.parametrize(
+    ("stem_samples", "seen", "samples"),
+    [(500, 0, 100), (500, 950, 50), (500, 955, 50), (500, 999, 10), (0, 400, 100), (0, 455, 40)],
+    ids=["whole lease", "rest", "rest rounded up", "at least a batch", "to the gate", "not over the gate"],
+)
+def test_lease_is_as_long_as_the_shard_needs(stem_samples: int, seen: int, samples: int) -> None:
+    one = coordinator(advert=Advert(speed=1.0, class_counts=(10,) * 4, tasks=frozenset({T0})))
+    if stem_samples:
+        one.receive([mine(contribution(9, {9: stem_samples}, shard=STEM))], 0.0)
+    if seen:
+        one.receive([mine(contribution(1, {1: seen}))], 0.0)
+    stem_holder = Record(device=device(1), state="training", leases=("stem",), tasks=())
+    one.observe_board([stem_holder], 0.0)
+    claim = one.decide(0.0)
+    assert claim is not None
+    assert claim.shards == (T0,)
+    one.confirm(0.0)
+    assert start(one, digests(one), 0.0).samples == samples
+
+
+# --- the ledger ---
+
+
+def test_contributions_of_other_runs_and_shards_are_ignored() -> None:
+    one = coordinator()
+    strangers = [contribution(1), mine(contribution(1, shard=ShardId("t99")))]
+    assert one.receive(strangers, 0.0) == ()
+    assert len(one.ledger) == 0
+
+
+def test_only_what_is_new_is_passed_on() -> None:
+    one = coordinator()
+    first = mine(contribution(1))
+    second = mine(successor((first,), 1))
+    assert one.receive([first, second, first], 0.0) == (second,)
+    assert one.receive([second, first], 0.0) == ()
+
+
+def test_rejected_contribution_leaves_and_does_not_come_back() -> None:
+    one = coordinator()
+    honest = mine(contribution(1))
+    greedy = mine(contribution(1, {0: 10**6, 1: 10**6}, generation=2))
+    one.receive([honest], 0.0)
+    one.receive([greedy], 1.0)
+    one.reject(greedy.tensors_digest)
+    assert one.ledger.frontier(T0) == (honest,)
+    assert one.receive([greedy], 2.0) == ()
+
+
+def test_states_of_a_device() -> None:
+    one = holding((T0,))
+    assert one.state == "training"
+    start(one, digests(one), 0.0)
+    one.finished(1.0)
+    assert one.state == "idle"
+    one.receive([mine(contribution(9, {9: 1000}, shard=shard, generation=9)) for shard in SPEC.shards], 1.0)
+    assert one.complete
+    assert one.state == "complete"
+    one.leave()
+    assert one.state == "leaving"
+    one.left()
+    assert one.state == "left"
+    assert coordinator(advert=Advert(speed=1.0, class_counts=(0,) * 4)).state == "observer"
+
+
+# --- gossip and replicas ---
+
+
+def test_partners_are_live_and_include_one_that_promises_news() -> None:
+    one = coordinator()
+    records: list[BoardRecord] = [Record(device=device(index)) for index in range(1, 9)]
+    records.append(Record(device=device(9), progress=(("t0", 1, 100),)))
+    one.observe_board(records, 0.0)
+    for _ in range(20):
+        partners = one.partners(0.0)
+        assert len(set(partners)) == SETTINGS.gossip_fanout
+        assert device(9) in partners
+        assert device(0) not in partners
+    assert one.partners(TERM + 1) == ()
+
+
+def test_lone_device_has_no_partners() -> None:
+    one = coordinator()
+    one.observe_board([record_of(one)], 0.0)
+    assert one.partners(0.0) == one.hints(0.0) == ()
+
+
+def crowd(count: int, settings: CoordinatorSettings = SETTINGS) -> list[Coordinator]:
+    """Coordinators that all see one another."""
+    ones = [coordinator(index, settings=settings) for index in range(count)]
+    records = [record_of(one) for one in ones]
+    for one in ones:
+        one.observe_board(records, 0.0)
+    return ones
+
+
+@pytest.mark.parametrize("count", [2, 3, 8])
+def test_every_contribution_lives_on_three_devices_its_maker_included(count: int) -> None:
+    entries = [mine(contribution(author, shard=shard)) for author in range(count) for shard in SPEC.shards]
+    copies = dict.fromkeys((entry.tensors_digest for entry in entries), 1)
+    for one in crowd(count):
+        one.receive(entries, 0.0)
+        held = {entry.tensors_digest for entry in entries if entry.device == one.device}
+        for want in one.wanted(held, 5.0):
+            assert not want.needed
+            assert one.device not in want.holders
+            copies[want.digest] += 1
+    assert set(copies.values()) == {min(count, SETTINGS.replication.replicas)}
+
+
+def test_contributions_of_the_dead_are_replicated_by_the_living() -> None:
+    entry = mine(contribution(99))
+    ones = crowd(8)
+    for one in ones:
+        one.receive([entry], 0.0)
+    wanting = [one for one in ones if one.wanted(set(), 5.0)]
+    assert len(wanting) == SETTINGS.replication.replicas
+
+
+def test_replicate_all_wants_everything() -> None:
+    keen = CoordinatorSettings(replication=ReplicationSettings(replicate_all=True))
+    entries = [mine(contribution(author)) for author in range(6)]
+    for one in crowd(6, keen):
+        one.receive(entries, 0.0)
+        assert len(one.wanted(set(), 5.0)) == 6
+
+
+def test_contribution_that_is_superseded_at_once_is_not_replicated() -> None:
+    for one in crowd(3):
+        one.receive([mine(contribution(1))], 0.0)
+        assert one.wanted(set(), SETTINGS.replication.replicate_after_s / 2) == ()
+
+
+def test_device_that_refused_is_not_asked_again_at_once() -> None:
+    entry = contribution(1)
+    one = holding((T0,), [entry])
+    one.observe_board([Record(device=device(1), beat=99), Record(device=device(2))], 0.0)
+    held = digests(one) - {entry.tensors_digest}
+    assert one.wanted(held, 0.0)[0].holders[0] == device(1)
+    one.refused(entry.tensors_digest, device(1), 0.0)
+    assert one.wanted(held, 0.1)[0].holders == (device(2),)
+
+
+def test_frontier_and_what_came_before_it_are_kept() -> None:
+    one = coordinator()
+    made: list[Contribution] = []
+    for author in (1, 2, 3, 3, 1):
+        entry = mine(successor(tuple(made[-1:]), author))
+        one.receive([entry], 0.0)
+        made.append(entry)
+    assert one.keep() == {entry.tensors_digest for entry in made[-2:]}
+
+
+def test_parents_of_the_lease_in_progress_are_kept() -> None:
+    entry = contribution(1)
+    one = holding((T0,), [entry])
+    start(one, digests(one), 0.0)
+    later = entry
+    for author in (2, 3, 1, 2):
+        later = successor((later,), author)
+        one.receive([mine(later)], 1.0)
+    assert entry.tensors_digest in one.keep()
+
+
+def test_harvest_wants_every_frontier() -> None:
+    one = coordinator()
+    entries = [mine(contribution(author, shard=shard)) for author in (1, 2) for shard in (STEM, T0)]
+    one.receive(entries, 0.0)
+    wanted = one.harvest({entries[0].tensors_digest}, 0.0)
+    assert {want.digest for want in wanted} == {entry.tensors_digest for entry in entries[1:]}
