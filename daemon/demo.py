@@ -137,14 +137,13 @@ def run_demo(options: DemoOptions, on_update: Callable[[dict[str, Any]], None]) 
         assemblers = [survivors[-1], survivors[0]]
         models = [device.assemble() for device in assemblers]
         demo.update()
-        model_path = folder / "assembled.safetensors"
-        model_path.write_bytes(models[0].data)
+        (folder / "assembled.safetensors").write_bytes(models[0].data)
         demo.phase, demo.message = "leaving", ""
         demo.update()
         last = dict(demo.last)
     trained_s = time.monotonic() - started
     demo.phase, demo.message = "central baseline", "a dense network on all the data, in this process"
-    central = _central(options, spec, source, model_path, demo)
+    central = _central(options, spec, source, models[0].data, demo)
     return {
         "assembled_accuracy": central["assembled_accuracy"],
         "central_accuracy": central["central_accuracy"],
@@ -289,7 +288,7 @@ def _finishers(demo: _Demo, takeover: dict[str, Any]) -> dict[str, list[str]]:
 
 
 def _central(
-    options: DemoOptions, spec: RunSpec, source: dict[str, Any], model_path: Path, demo: _Demo
+    options: DemoOptions, spec: RunSpec, source: dict[str, Any], model: bytes, demo: _Demo
 ) -> dict[str, Any]:
     """Train the dense network of the same family on the same data for the same samples; test both."""
     from ..assembly import load_model
@@ -316,7 +315,7 @@ def _central(
     train = batches(data.train, spec, seed=options.seed, samples=budget)
     dense, macs = train_dense(spec, train, on_step=show)
     seconds = time.monotonic() - start
-    assembled = load_model(model_path).model
+    assembled = load_model(model).model
     return {
         "central_accuracy": accuracy(dense, eval_batches(data.test, spec)),
         "assembled_accuracy": accuracy(assembled, eval_batches(data.test, spec)),

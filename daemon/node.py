@@ -30,7 +30,7 @@ from .events import Event, EventLog
 from .interfaces import choose_interface
 from .model_file import ModelFile
 from .options import DaemonOptions
-from .p2pd import check_port_is_free
+from .p2pd import P2PD_MARK, check_port_is_free, end_stale_p2pd
 from .session import Counters, Session
 from .store import RunStore, Store
 from .timings import Timings
@@ -215,7 +215,7 @@ class Node:
             self._join(self.run_store)
             await self.board.start()
             self._spec_known.set()
-        tasks.start_soon(self._watch_discovery)
+        tasks.start_soon(self._watch_discovery, tasks)
         tasks.start_soon(self._watch_p2pd)
         if not self._visitor:
             tasks.start_soon(self._warn_when_alone)
@@ -245,6 +245,8 @@ class Node:
         # In a thread, so that the API answers meanwhile; it takes 2 s.
         network = await asyncio.to_thread(_import_network)
         self.timings.done("imports")
+        # It would hold the port of last time.
+        end_stale_p2pd(self.options.state / P2PD_MARK)
         book = AddressBook(_saved_addresses(self.run_store))
         self.transport = network.transport.Transport(
             self.identity,
@@ -445,7 +447,7 @@ class Node:
 
     # Peers
 
-    async def _watch_discovery(self) -> None:
+    async def _watch_discovery(self, tasks: TaskGroup) -> None:
         async for found in self._discovery:
             if found.version != PROTOCOL_VERSION:
                 self.events.add(
@@ -454,7 +456,8 @@ class Node:
                     f"{PROTOCOL_VERSION}: install the same version of p2pcollab on both",
                 )
                 continue
-            await self._try_address(found.address)
+            # Not one after the other: a dead address takes seconds.
+            tasks.start_soon(self._try_address, found.address)
 
     async def _try_address(self, address: PeerAddress) -> None:
         """Meet a device at an address, and ask it for the run spec while that is unknown."""

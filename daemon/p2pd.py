@@ -16,6 +16,8 @@ from ..errors import UsageError
 from ..files import write_atomic
 from ..run import Frozen
 
+#: Name of the mark's file in the state folder.
+P2PD_MARK = "p2pd.json"
 _PROGRAM = "p2pd"
 #: Start times are rounded differently by different kernels.
 _SAME_START_S = 1.0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -74,3 +75,45 @@ class Scenario:
 def sixteen(**changes: Any) -> tuple[DevicePlan, ...]:
     """Sixteen equal devices with everybody's classes."""
     return tuple(replace(DevicePlan(), **changes) for _ in range(16))
+
+
+def random_scenario(seed: int) -> Scenario:
+    """Two to sixteen devices of all kinds, and troubles of all kinds. One device has all, and stays."""
+    rng = random.Random(seed)
+    count = rng.randint(2, 16)
+    devices = [DevicePlan(speed=rng.choice([100.0, 300.0]))]
+    for _ in range(count - 1):
+        killed_at = rng.uniform(65.0, 210.0) if rng.random() < 0.4 else None
+        comes_back = killed_at is not None and rng.random() < 0.5
+        holdings = [0, 50, 100] if rng.random() < 0.5 else [100]
+        devices.append(
+            DevicePlan(
+                speed=300.0 * rng.choice([0.1, 0.3, 1.0, 1.0, 1.0, 3.0]),
+                class_counts=tuple(rng.choice(holdings) for _ in range(10)),
+                tasks=_some_tasks(rng, 3) if rng.random() < 0.2 else None,
+                prefer=_some_tasks(rng, 2) if rng.random() < 0.2 else frozenset(),
+                joins_at=rng.uniform(0.0, 60.0) if rng.random() < 0.3 else 0.0,
+                killed_at=killed_at,
+                restarts_at=killed_at + rng.uniform(1.0, 60.0) if killed_at and comes_back else None,
+                hangs_at=rng.uniform(20.0, 100.0) if rng.random() < 0.05 else None,
+            )
+        )
+    start = rng.uniform(10.0, 100.0)
+    side = frozenset(rng.sample(range(count), count // 2))
+    return Scenario(
+        name="random",
+        devices=tuple(devices),
+        spec=run_spec(leases=rng.choice([8, 12])),
+        latency_s=(0.005, 0.3),
+        loss=rng.choice([0.0, 0.1, 0.2]),
+        duplication=0.1,
+        staleness_s=rng.choice([0.1, 2.0]),
+        partition=Partition(start=start, end=start + rng.uniform(10.0, 80.0), side=side)
+        if rng.random() < 0.5
+        else None,
+        limit_s=6000.0,
+    )
+
+
+def _some_tasks(rng: random.Random, count: int) -> frozenset[ShardId]:
+    return frozenset(ShardId(f"t{index}") for index in rng.sample(range(10), count))

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
-from devices import GOSSIP_S, Device, SimulatedRecord
+from devices import BEAT_S, GOSSIP_S, Device, SimulatedRecord
 from scenarios import Scenario
 
 from p2pcollab.coordinator import JobPlan, ShardJob
@@ -327,19 +327,22 @@ class Simulation:
                 raise self.broken(f"device {device.index} replaced newer by older at {entry.key}")
 
     def _check_healing(self) -> None:
-        known = Ledger()
-        for device in self.live():
-            known = known.join(device.coordinator.ledger)
+        before = [(device, device.life, device.coordinator.ledger) for device in self.live()]
 
         def check() -> None:
-            for device in self.live():
+            survivors = [(device, ledger) for device, life, ledger in before if device.life == life]
+            known = Ledger()
+            for _, ledger in survivors:
+                known = known.join(ledger)
+            for device, _ in survivors:
                 ledger = device.coordinator.ledger
                 if ledger.join(known) is not ledger:
                     raise self.broken(
                         f"device {device.index} has not heard all {self.rounds_s} s after healing"
                     )
 
-        self.at(self.now + self.rounds_s, check)
+        # The devices must first see one another on the board again.
+        self.at(self.now + self.rounds_s + BEAT_S + self.scenario.staleness_s, check)
 
     def _close(self) -> None:
         """The run is complete: the figures, and the promises about the whole."""

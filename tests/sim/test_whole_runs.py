@@ -11,7 +11,7 @@ from dataclasses import replace
 
 import pytest
 from devices import BEAT_S, SETTINGS
-from scenarios import DevicePlan, Partition, Scenario, run_spec, sixteen
+from scenarios import DevicePlan, Partition, Scenario, random_scenario, run_spec, sixteen
 from simulator import Outcome, Simulation
 
 from p2pcollab.presence import OVERDUE_FACTOR
@@ -106,6 +106,11 @@ def test_run_completes_without_a_standstill_and_with_few_messages(
     assert outcome.messages_per_device_second <= 6, where
     for shard in scenario.spec.shards:
         assert sum(outcome.visits[shard].values()) >= scenario.spec.budget(shard), where
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_run_completes_whatever_happens(seed: int) -> None:
+    Simulation(random_scenario(seed), seed).run()
 
 
 @pytest.mark.parametrize("seed", SEEDS)
