@@ -1,7 +1,7 @@
 """`python -m p2pcollab.daemon`: one device's daemon.
 
-Reads one line of options (JSON) from standard input. Writes one line when its API is up or when it cannot start,
-and a last one if it ends with an error, both JSON. Its log goes to standard error.
+Reads one line of options (JSON) from standard input. Writes one line when its API is up or when it cannot
+start, and a last one if it ends with an error, both JSON. Its log goes to standard error.
 """
 
 from __future__ import annotations
@@ -65,7 +65,8 @@ def _leave_at_end_of_input(loop: asyncio.AbstractEventLoop, leave: Any) -> None:
 
 def _process_started() -> float:
     """When this process was started, on the clock of `time.monotonic`."""
-    return time.monotonic() - (time.time() - psutil.Process().create_time())
+    created: float = psutil.Process().create_time()
+    return time.monotonic() - (time.time() - created)
 
 
 def _refuse(error: P2PCollabError) -> int:

@@ -108,9 +108,13 @@ class _Demo:
                 return
             for device in self.fleet.devices:
                 if self._state(device) == "killed" and device.name not in self.notes:
-                    raise RunError(f"{device.name} has ended", f"its log is {device.state / LOG_NAME}: use --keep")
+                    raise RunError(
+                        f"{device.name} has ended", f"its log is {device.state / LOG_NAME}: use --keep"
+                    )
             if time.monotonic() > deadline:
-                raise RunError(f"the demo waited in vain for {what}", "the devices' logs say more: use --keep")
+                raise RunError(
+                    f"the demo waited in vain for {what}", "the devices' logs say more: use --keep"
+                )
             time.sleep(_UPDATE_S)
 
 
@@ -151,7 +155,7 @@ def run_demo(options: DemoOptions, on_update: Callable[[dict[str, Any]], None]) 
         "assembled_on": [device.name for device in assemblers],
         "coverage": models[0].coverage,
         "missing": list(models[0].missing),
-        "devices": [_device_row(device, last.get(device.name), killed, spec) for device in fleet.devices],
+        "devices": [_device_row(device, last.get(device.name), killed) for device in fleet.devices],
         "central_training_macs": central["training_macs"],
         "central_seconds": central["seconds"],
         "takeover": takeover,
@@ -185,9 +189,7 @@ def _plan(options: DemoOptions) -> tuple[RunSpec, dict[str, Any]]:
     spec = plan_run(
         f"demo-{options.dataset.rsplit('/', 1)[-1]}",
         info,
-        PlanOptions(
-            family=options.model, epochs=options.epochs, expected_samples=samples, seed=options.seed
-        ),
+        PlanOptions(family=options.model, epochs=options.epochs, expected_samples=samples, seed=options.seed),
     )
     return spec, {"data": source, "data_root": options.data_root, "limit": options.limit, "samples": samples}
 
@@ -325,7 +327,7 @@ def _central(
 
 
 def _device_row(
-    device: LocalDevice, status: dict[str, Any] | None, killed: LocalDevice | None, spec: RunSpec
+    device: LocalDevice, status: dict[str, Any] | None, killed: LocalDevice | None
 ) -> dict[str, Any]:
     """One device's part, from the last thing that it said."""
     if status is None:

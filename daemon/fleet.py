@@ -17,8 +17,9 @@ from typing import Any
 import psutil
 
 from ..errors import NotRunningError, P2PCollabError
-from .api_client import ApiClient, ModelFile
+from .api_client import ApiClient
 from .launcher import Launched, launch
+from .model_file import ModelFile
 
 _POLL_S = 0.1
 
@@ -132,9 +133,7 @@ class Fleet:
         for device in self.devices:
             device.leave()
 
-    def add(
-        self, name: str, state: Path, *, prefix: Sequence[str] = (), **options: Any
-    ) -> LocalDevice:
+    def add(self, name: str, state: Path, *, prefix: Sequence[str] = (), **options: Any) -> LocalDevice:
         """A device that is not started yet; `options` are `DaemonOptions` fields."""
         device = LocalDevice(name, state, options, prefix)
         self.devices.append(device)

@@ -1,7 +1,8 @@
 """Gossip: ledgers and shards spread from device to device until everybody has what it needs.
 
-Pull-based anti-entropy every `ROUND_S`, and a push of new contributions to a few devices at once, which spares
-most rounds their work. Handlers answer from the ledger and the store; nothing here decides what to train.
+Pull-based anti-entropy every `ROUND_S`, and a push of new contributions to a few devices at once, which
+spares most rounds their work. Handlers answer from the ledger and the store; nothing here decides what to
+train.
 """
 
 from __future__ import annotations
@@ -155,6 +156,7 @@ class Gossip:
             session.events.add("complete", "the run is complete: every shard has seen its samples")
             session.record_bell.ring()
         session.work_bell.ring()
+        session.news_bell.ring()
         session.fetch_bell.ring()
         return new
 
@@ -297,10 +299,11 @@ class Gossip:
                 for want in session.coordinator.wanted(held, session.clock())
                 if want.digest not in self.fetching and want.holders
             ]
+            batch = wants[:_FETCHES_AT_ONCE]
             async with anyio.create_task_group() as tasks:
-                for want in wants[:_FETCHES_AT_ONCE]:
+                for want in batch:
                     tasks.start_soon(self.fetch_one, want)
-            if not wants:
+            if not any(session.store.has(want.digest) for want in batch):
                 await session.fetch_bell.wait(0.5)
 
     async def fetch_all(self, wants: Sequence[Want]) -> None:
@@ -343,20 +346,27 @@ class Gossip:
         session = self._session
         download = Download(want.digest, want.size)
         for device in want.holders:
-            peer = self.peer_of(device)
-            for _ in range(_TRIES_PER_HOLDER if peer is not None else 0):
+            for _ in range(_TRIES_PER_HOLDER):
                 try:
-                    await session.transport.fetch_part(peer, download)
+                    await session.transport.fetch_part(self._known_peer(device), download)
                     return await asyncio.to_thread(download.finish)
-                except RefusalError as error:
-                    if error.code == "not-found":
-                        break
-                except (PeerError, UnreachableError, NotAuthorisedError) as error:
+                except (UnreachableError, NotAuthorisedError) as error:
+                    # It may come back, and then it has what it had: nothing is concluded from silence.
                     log.info("fetch failed", device=device, digest=want.digest, reason=str(error))
-                    if download.complete:
-                        download = Download(want.digest, want.size)  # all came, and it was not what was asked
-            session.coordinator.refused(want.digest, device, session.clock())
+                except PeerError as error:
+                    log.info("fetch refused", device=device, digest=want.digest, reason=str(error))
+                    if not isinstance(error, RefusalError) or error.code == "not-found":
+                        session.coordinator.refused(want.digest, device, session.clock())
+                        break
+            if download.complete:
+                download = Download(want.digest, want.size)  # all came, and it was not what was asked for
         return None
+
+    def _known_peer(self, device: DeviceId) -> str:
+        peer = self.peer_of(device)
+        if peer is None:
+            raise UnreachableError(f"{self._session.name(device)} has not shown its address")
+        return peer
 
     async def _screen(self, want: Want) -> bool:
         """Refuse tensors that must not be merged, and the contribution that brought them."""
@@ -372,4 +382,3 @@ class Gossip:
                 session.coordinator.reject(entry.tensors_digest)
                 self._refuse(entry, reason)
         return not any(reasons)
-

@@ -56,7 +56,7 @@ def launch(options: Mapping[str, Any], *, prefix: Sequence[str] = ()) -> Launche
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=log,
-            # Python puts the working folder first on its path: a checkout's must not shadow what is installed.
+            # Python puts the working folder first on its path: a checkout's must not hide what is installed.
             cwd=state,
             # A Ctrl-C in the terminal is the foreground's to translate into a clean leave.
             start_new_session=True,

@@ -58,7 +58,10 @@ async def _visit(options: DaemonOptions, work: Callable[[Node], Awaitable[Result
         store = Store.open(Path(folder))
         try:
             node = Node(
-                options.model_copy(update={"state": Path(folder)}), store, started=time.monotonic(), visitor=True
+                options.model_copy(update={"state": Path(folder)}),
+                store,
+                started=time.monotonic(),
+                visitor=True,
             )
             return await node.visit(work, within_s=_FIND_S)
         except TimeoutError as error:

@@ -60,7 +60,9 @@ class Counters:
         if not isinstance(saved, dict):
             return cls()
         names = {field.name for field in fields(cls)}
-        return cls(**{name: value for name, value in saved.items() if name in names and isinstance(value, int)})
+        return cls(
+            **{name: value for name, value in saved.items() if name in names and isinstance(value, int)}
+        )
 
 
 @dataclass(slots=True)
@@ -85,6 +87,8 @@ class Session:
     work_bell: Bell = field(default_factory=Bell)
     #: Rung when there may be something to fetch.
     fetch_bell: Bell = field(default_factory=Bell)
+    #: Rung when contributions have come in.
+    news_bell: Bell = field(default_factory=Bell)
     #: Rung when this device's record has changed.
     record_bell: Bell = field(default_factory=Bell)
     #: What a person should know of, by topic.
@@ -96,6 +100,15 @@ class Session:
     def device(self) -> DeviceId:
         """This device."""
         return self.identity.device
+
+    def traffic(self) -> dict[str, int]:
+        """What this device's transport did in this run, over restarts of the daemon."""
+        now = self.transport.counters
+        return {
+            "bytes_sent": self.counters.bytes_sent + now.bytes_sent,
+            "bytes_received": self.counters.bytes_received + now.bytes_received,
+            "p2pd_restarts": self.counters.p2pd_restarts + now.p2pd_restarts,
+        }
 
     def warn(self, topic: str, text: str) -> None:
         """Show a warning until it is cleared; an event, too, if it is new."""

@@ -1,4 +1,4 @@
-"""The status: the state of a device, its run and its peers as JSON values, for the API and all that show it."""
+"""The status: a device, its run and its peers as JSON values, for the API and all that show it."""
 
 from __future__ import annotations
 
@@ -19,14 +19,12 @@ if TYPE_CHECKING:
 
 def status(node: Node) -> dict[str, Any]:
     """Everything, as `GET /v1/status` answers. Before the run is known, what belongs to it is empty."""
-    session = node.session
+    session = node.member.session if node.member else None
     spec = session.spec if session else None
     ledger = session.coordinator.ledger if session else None
     shards = _shards(session) if session else []
     trained = [row for row in shards if row["shard"] != "stem" and row["generation"]]
-    covered = {
-        index for row in trained for index in (spec.task(row["shard"]).classes if spec else ())
-    }
+    covered = {index for row in trained for index in (spec.task(row["shard"]).classes if spec else ())}
     return {
         "run": {
             "id": spec.run_id if spec else None,
@@ -47,29 +45,23 @@ def status(node: Node) -> dict[str, Any]:
         "coverage": len(covered) / len(spec.classes) if spec else 0.0,
         "progress": _progress(session.spec, shards) if session else 0.0,
         "complete": session.coordinator.complete if session else False,
-        "counters": counters(node),
+        "counters": counters(session) if session else {},
         "timings": node.timings.to_status(),
         "warnings": sorted(session.warnings.values()) if session else [],
     }
 
 
-def counters(node: Node) -> dict[str, int]:
-    """What this device did in this run, with what the transport did since the daemon started."""
-    session = node.session
-    if session is None:
-        return {}
+def counters(session: Session) -> dict[str, int]:
+    """What this device did in this run."""
     kept = session.counters
-    traffic = node.transport.counters
     return {
         "training_macs": kept.training_macs,
         "contributions": kept.contributions,
         "merges": kept.merges,
         "refused": kept.refused,
-        "bytes_sent": kept.bytes_sent + traffic.bytes_sent,
-        "bytes_received": kept.bytes_received + traffic.bytes_received,
         "peak_rss_bytes": kept.trainer_peak_rss_bytes + peak_rss_bytes(),
         "trainer_restarts": kept.trainer_restarts,
-        "p2pd_restarts": kept.p2pd_restarts + traffic.p2pd_restarts,
+        **session.traffic(),
     }
 
 
@@ -87,26 +79,29 @@ def printable_name(wanted: str | None) -> str:
 
 
 def _phase(node: Node) -> str:
-    session = node.session
-    if node.phase != "ready" or session is None:
+    member = node.member
+    if node.phase == "leaving" or member is None:
         return node.phase
-    if node.worker.progress is not None:
+    if member.phase != "ready":
+        return member.phase
+    if member.worker.progress is not None:
         return "training"
-    return "complete" if session.coordinator.complete else "idle"
+    return "complete" if member.session.coordinator.complete else "idle"
 
 
 def _device(node: Node) -> dict[str, Any]:
-    data = node.data
+    member, transport = node.member, node.transport
+    data = member.data if member else None
     return {
         "id": node.identity.device,
-        "name": node.device_name,
-        "state": node.session.coordinator.state if node.session else "idle",
+        "name": node.name,
+        "state": member.session.coordinator.state if member else "idle",
         "interface": node.interface.name,
-        "address": str(node.transport.address) if node.transport and node.transport.port else None,
-        "port": node.transport.port if node.transport else None,
+        "address": str(transport.address) if transport and transport.port else None,
+        "port": transport.port if transport else None,
         "pid": os.getpid(),
         "uptime_s": node.timings.uptime_s,
-        "speed_macs_s": node.speed_macs_s,
+        "speed_macs_s": member.speed_macs_s if member else 0.0,
         "budget": node.options.budget,
         "data": {
             "train": data.train if data else 0,
@@ -118,11 +113,12 @@ def _device(node: Node) -> dict[str, Any]:
 
 
 def _work(node: Node) -> dict[str, Any] | None:
-    progress = node.worker.progress if node.worker else None
-    if progress is None or node.session is None:
+    progress = node.member.worker.progress if node.member else None
+    if progress is None or node.member is None:
         return None
-    labels = [node.session.spec.label(shard) for shard in progress.shards]
-    return progress.to_status(labels, node.session.clock())
+    session = node.member.session
+    labels = [session.spec.label(shard) for shard in progress.shards]
+    return progress.to_status(labels, session.clock())
 
 
 def _shards(session: Session) -> list[dict[str, Any]]:
@@ -130,12 +126,12 @@ def _shards(session: Session) -> list[dict[str, Any]]:
     held = session.store.digests()
     sightings = session.coordinator.sightings(session.clock())
     holders: dict[str, list[str]] = {}
-    for shard in session.coordinator.leases:
-        holders.setdefault(shard, []).append(session.own_name)
+    for own in session.coordinator.leases:
+        holders.setdefault(own, []).append(session.own_name)
     for seen in sightings:
         if seen.live:
-            for shard in seen.record.leases:
-                holders.setdefault(shard, []).append(session.name(DeviceId(seen.record.device)))
+            for leased in seen.record.leases:
+                holders.setdefault(leased, []).append(session.name(DeviceId(seen.record.device)))
     rows = []
     for shard in session.spec.shards:
         frontier = ledger.frontier(shard)
@@ -170,7 +166,9 @@ def _peers(session: Session) -> list[dict[str, Any]]:
                 "name": record.name,
                 "state": record.state if seen.live or record.state == "left" else "gone",
                 "leases": list(record.leases) if seen.live else [],
-                "labels": [session.spec.label(s) for s in session.spec.shards if s in record.leases and seen.live],
+                "labels": [
+                    session.spec.label(s) for s in session.spec.shards if s in record.leases and seen.live
+                ],
                 "speed": record.speed,
                 "last_seen_s": seen.silent_s,
                 "address": record.addresses[0] if record.addresses else None,
@@ -182,6 +180,6 @@ def _peers(session: Session) -> list[dict[str, Any]]:
 
 def _progress(spec: RunSpec, shards: list[dict[str, Any]]) -> float:
     """Samples seen over all budgets."""
-    total = sum(spec.budget(row["shard"]) for row in shards)
-    return sum(min(row["samples"], spec.budget(row["shard"])) for row in shards) / total
-
+    budgets = [spec.budget(row["shard"]) for row in shards]
+    seen = [min(int(row["samples"]), budget) for row, budget in zip(shards, budgets, strict=True)]
+    return sum(seen) / sum(budgets)

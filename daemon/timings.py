@@ -31,7 +31,7 @@ class Timings:
 
     def to_status(self) -> dict[str, float]:
         """Seconds that each part took by itself, and those to the first training step in all."""
-        result = {}
+        result: dict[str, float] = {}
         before = 0.0
         for part in PARTS:
             if part in self._ended:

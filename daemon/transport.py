@@ -50,7 +50,14 @@ from . import streams
 from .addresses import AddressBook, PeerAddress
 from .calls import PREFIX, Counters, Handlers, RefusalError, UnreachableError, error_of_reply, error_reply
 from .interfaces import Interface
-from .p2pd import P2PD_MARK, P2pdMark, check_port_is_free, end_stale_p2pd, make_socket_folder, remove_socket_folder
+from .p2pd import (
+    P2PD_MARK,
+    P2pdMark,
+    check_port_is_free,
+    end_stale_p2pd,
+    make_socket_folder,
+    remove_socket_folder,
+)
 
 #: Asks for nothing but the proof: requests are sealed against change, not against being read, so no other
 #: request leaves for a peer that has not answered or made one.

@@ -165,7 +165,9 @@ class Worker:
         deadline = session.clock() + _PREPARE_S
         session.fetch_bell.ring()
         while session.coordinator.leases and not self._stopping:
-            plan = session.coordinator.job(session.store.digests(), session.clock())
+            plan = session.coordinator.job(
+                session.store.digests() - self._gossip.fetching.keys(), session.clock()
+            )
             if plan is not None:
                 return plan
             if session.clock() > deadline:
@@ -205,7 +207,7 @@ class Worker:
         """End the lease early when others have completed all of its shards meanwhile."""
         session = self._session
         while session.coordinator.still_needed():
-            await anyio.sleep(_LOOK_AGAIN_S)
+            await session.news_bell.wait(_LOOK_AGAIN_S)
         await session.trainer.cancel()
 
     def _on_progress(self, samples: int, losses: Mapping[ShardId, float]) -> None:

@@ -61,14 +61,14 @@ API_WAITERS_MAX: Final = 16
 API_WAIT_S_MAX: Final = 30.0
 #: Need: VGG-16 undivided in fp32 (about 540 MB) as one assembled model.
 MODEL_BYTES_MAX: Final = 1024 * MIB
-#: Header of a model file: the run spec, and 128 shards with a contributor and a digest for each of 256 devices.
+#: Header of a model file: the run spec, and 128 shards with contributor and digest for each of 256 devices.
 #: Worst case, as JSON of nothing but brackets: about 130 MiB.
 MODEL_HEADER_BYTES_MAX: Final = 4 * MIB
 #: One message between the daemon and its trainer: a shard, or an assembled model, and its description.
 TRAINER_FRAME_BYTES_MAX: Final = MODEL_BYTES_MAX + MIB
 #: Held-out examples on which a lease's result is tried: 256 give a standard error of at most 3 points.
 VALIDATION_EXAMPLES_MAX: Final = 256
-#: Need: 1,000,000 images of 64x64 pixels. Stops: a folder that fills memory until the system kills the trainer.
+#: Need: 1,000,000 images of 64x64 pixels. Stops: a folder that fills the memory until the trainer dies.
 DATASET_BYTES_MAX: Final = 16 * 1024 * MIB
 #: Generations, samples, beats and sequence numbers. Stops: integers that neither SQLite nor float64 holds.
 COUNT_MAX: Final = 10**15
@@ -78,7 +78,7 @@ ADDRESSES_MAX: Final = 8
 ADDRESS_CHARS_MAX: Final = 160
 #: Text of an error reply: one line for a log.
 ERROR_TEXT_CHARS_MAX: Final = 200
-#: Peers whose addresses are remembered: DEVICES_MAX, and some that went away. Stops: a flood of announcements.
+#: Peers whose addresses are remembered: DEVICES_MAX, and some that went away. Stops: floods of announcements.
 ADDRESS_BOOK_PEERS_MAX: Final = 2 * DEVICES_MAX
 #: Announcements found by zeroconf and not yet looked at; the next query brings what was dropped again.
 ANNOUNCEMENTS_MAX: Final = 256

@@ -35,7 +35,7 @@ class MeanMomentumSGD:
     def __init__(self, schedule: Schedule, modules: Sequence[nn.Module]) -> None:
         self._momentum = schedule.momentum
         self._decay = schedule.weight_decay
-        self._parameters = [list(module.parameters()) for module in modules]
+        self._parameters: list[list[Tensor]] = [list(module.parameters()) for module in modules]
         self._means: list[list[Tensor]] = [[] for _ in modules]
         self._steps = 0
 

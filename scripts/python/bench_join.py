@@ -1,7 +1,7 @@
 """Join to first training step; see scripts/bench-join.
 
-A first device creates a run and holds still (it takes no data, so it trains nothing); the measured device joins
-it. The clock starts before the joining daemon's process does.
+A first device creates a run and holds still (it takes no data, so it trains nothing); the measured device
+joins it. The clock starts before the joining daemon's process does.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from typing import Any
 
 import hivemind
 import torch
-
 from p2pcollab.daemon.fleet import Fleet, wait_until
+
 from p2pcollab.data import inspect
 from p2pcollab.planning import PlanOptions, plan_run
 
@@ -30,7 +30,9 @@ PARTS = ("imports", "p2pd", "discovery", "allotment", "first_step")
 def measure(seed: int) -> dict[str, float]:
     """One join; seconds in total and by part."""
     info = inspect("digits", None)
-    spec = plan_run("bench-join", info, PlanOptions(epochs=100, expected_samples=info.train_images, seed=seed))
+    spec = plan_run(
+        "bench-join", info, PlanOptions(epochs=100, expected_samples=info.train_images, seed=seed)
+    )
     with tempfile.TemporaryDirectory(prefix="p2pcollab-bench-") as folder, Fleet() as fleet:
         waiting = fleet.add("waiting", Path(folder) / "waiting", threads=1)
         waiting.start(mode="new", spec=spec.encode().decode(), secret_hex=secrets.token_hex(16))
@@ -55,7 +57,9 @@ def measure(seed: int) -> dict[str, float]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--json", type=Path, help="write the figures here as well")
     options = parser.parse_args()

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from p2pcollab.daemon.fleet import Fleet, LocalDevice, wait_until
+
 from p2pcollab.data import inspect
 from p2pcollab.planning import PlanOptions, plan_run
 
@@ -102,7 +103,9 @@ def one_run(part: str, epochs: float, seed: int) -> dict[str, Any]:
             if part == "daemon":
                 victim.start(mode="resume", code=None)
             wait_until(
-                lambda b=before: resumed(victim, part, b), timeout_s=60, what=f"{part} of {victim.name} to be back"
+                lambda b=before: resumed(victim, part, b),
+                timeout_s=60,
+                what=f"{part} of {victim.name} to be back",
             )
             snapshots.append(snapshot)
             kills.append(
@@ -115,7 +118,9 @@ def one_run(part: str, epochs: float, seed: int) -> dict[str, Any]:
             )
         wait_until(lambda: all(map(complete, fleet.devices)), timeout_s=300, what="the run to complete")
         for kill, snapshot in zip(kills, snapshots, strict=True):
-            kill["lost_at_end"] = [entry for device in fleet.devices for entry in lost(snapshot, seen(device))]
+            kill["lost_at_end"] = [
+                entry for device in fleet.devices for entry in lost(snapshot, seen(device))
+            ]
             kill["run_complete"] = True
         digests = {hashlib.sha256(device.assemble().data).hexdigest() for device in fleet.devices}
     for kill in kills:
@@ -125,8 +130,12 @@ def one_run(part: str, epochs: float, seed: int) -> dict[str, Any]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--parts", default=",".join(PARTS), help="which of daemon,trainer,p2pd (default: all)")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--parts", default=",".join(PARTS), help="which of daemon,trainer,p2pd (default: all)"
+    )
     parser.add_argument("--epochs", type=float, default=16, help="length of each run (default: 16)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path, help="write the table here as well")
@@ -141,7 +150,8 @@ def main() -> int:
             print(
                 f"  {row['part']:8} at {row['at_progress']:4.0%}: back after {row['back_after_s']:5.1f} s, "
                 f"run complete: {row['run_complete']}, entries lost: "
-                f"{len(row['lost_after_restart']) + len(row['lost_at_end'])}, digests equal: {row['digests_equal']}",
+                f"{len(row['lost_after_restart']) + len(row['lost_at_end'])}, "
+                f"digests equal: {row['digests_equal']}",
                 flush=True,
             )
     if options.json:

@@ -1,4 +1,4 @@
-"""Hosts in network namespaces on one machine: each has its own address on one LAN, and can be cut off from it.
+"""Hosts in network namespaces on one machine: each has its own address on a LAN, and can be cut off from it.
 
 All traffic stays inside namespaces that the lab made itself: the switch is a namespace of its own too.
 """

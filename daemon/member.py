@@ -1,0 +1,331 @@
+"""A device's part in a run that it knows: its record, its work, its stores, and its leaving.
+
+Imports hivemind (through board and gossip): `node` imports it in a thread.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import random
+import time
+from dataclasses import asdict
+from typing import Final, cast
+
+import anyio
+from anyio.abc import TaskGroup
+
+from .. import __version__
+from ..coordinator import Advert, Coordinator, CoordinatorSettings
+from ..errors import P2PCollabError, StorageError
+from ..holdings import ReplicationSettings
+from ..keys import Identity, RunKeys
+from ..planning import tasks_of
+from ..records import DeviceRecord, DeviceState
+from ..run import DeviceId, RunSpec, ShardId
+from .board import Board
+from .events import EventLog
+from .gossip import Gossip
+from .model_file import ModelFile
+from .options import DaemonOptions
+from .session import Counters, Session
+from .store import RunStore
+from .timings import Timings
+from .trainer import Budget, DataSummary, Trainer, TrainerSettings
+from .transport import Transport
+from .work import Worker
+
+#: A beat of this device's record. The lease term is four of them.
+_BEAT_S: Final = 2.0
+_DRAIN_S: Final = 12.0
+#: How long a leaving device waits for others to fetch what only it holds.
+_HANDOVER_S: Final = 6.0
+#: How long an assembly looks for shards that nobody gives: longer than a holder is left in peace after it
+#: failed to give one.
+_HARVEST_S: Final = 12.0
+_SAVE_S: Final = 5.0
+
+
+class Member:
+    """The parts that take part in a run, and what goes on between them."""
+
+    def __init__(
+        self,
+        run_store: RunStore,
+        options: DaemonOptions,
+        identity: Identity,
+        keys: RunKeys,
+        transport: Transport,
+        trainer: Trainer,
+        events: EventLog,
+        timings: Timings,
+        *,
+        name: str,
+        visitor: bool,
+    ) -> None:
+        """
+        Args:
+            name: this device's, for people.
+            visitor: only looks: it shows no record, and holds nothing for others.
+        """
+        spec = RunSpec.decode(run_store.spec)
+        rng = random.Random(identity.seed + run_store.run_id.encode())
+        nothing = Advert(speed=1.0, class_counts=(0,) * len(spec.classes), works=False)
+        replication = ReplicationSettings(replicate_all=options.replicate_all)
+        self._options = options
+        self.session = session = Session(
+            spec=spec,
+            run_id=spec.run_id,
+            identity=identity,
+            keys=keys,
+            store=run_store,
+            coordinator=Coordinator(
+                spec,
+                identity.device,
+                nothing,
+                CoordinatorSettings(replication=replication),
+                rng,
+                first_beat=round(time.time() * 1000),
+            ),
+            transport=transport,
+            trainer=trainer,
+            events=events,
+            counters=Counters.restore(run_store.meta().get("counters")),
+            own_name=name,
+            random=rng,
+        )
+        self.board = Board(transport, keys, identity, spec.run_id, observer=visitor)
+        self.gossip = Gossip(session, self.board)
+        self.worker = Worker(
+            session,
+            self.gossip,
+            self.publish,
+            on_first_step=lambda: timings.done("first_step"),
+            on_claim=lambda: timings.done("allotment"),
+        )
+        #: This device's data, once they are loaded.
+        self.data: DataSummary | None = None
+        #: How far this device is with its preparations: a word for the status.
+        self.phase = "joining"
+        self.speed_macs_s = 0.0
+        self._worker_done = anyio.Event()
+        self._publishing = anyio.Lock()
+        self.gossip.restore(run_store.load_contributions())
+        for notice in run_store.notices():
+            session.warn("store", notice)
+        run_store.set_meta({"options": options.model_dump(mode="json")})
+
+    async def start(self) -> None:
+        """Take part in the board, alone so far."""
+        await self.board.start()
+
+    async def run(self, tasks: TaskGroup) -> None:
+        """Take part until `drain`; what goes on beside the work runs in `tasks`.
+
+        Raises:
+            DataError: this device's data cannot be used.
+            UsageError: it names classes that the run does not have.
+        """
+        for part in (
+            self.board.maintain,
+            self._beat,
+            self.gossip.run,
+            self.gossip.fetch_wanted,
+            self._save_regularly,
+            self._collect_garbage,
+        ):
+            tasks.start_soon(part)
+        await self._prepare()
+        await self.worker.run()
+        self._worker_done.set()
+
+    async def drain(self) -> None:
+        """Finish the step in progress, publish it, hand over, say good-bye."""
+        session = self.session
+        self.phase = "leaving"
+        session.events.add("leaving", "leaves the run: finishing this step")
+        with anyio.move_on_after(_DRAIN_S), contextlib.suppress(P2PCollabError):
+            await self.worker.stop()
+            if session.coordinator.advert.works:
+                await self._worker_done.wait()
+            with anyio.move_on_after(_HANDOVER_S):
+                await self.gossip.hand_over()
+            session.coordinator.left()
+            await self.publish()
+            await self.gossip.say_goodbye()
+
+    async def stop(self) -> None:
+        """Leave the board, and close the store. The transport goes on."""
+        with contextlib.suppress(P2PCollabError, asyncio.TimeoutError):
+            await self.board.stop()
+        self._save()
+        self.session.store.close()
+
+    async def look_around(self) -> None:
+        """See the board and everybody's ledger, once."""
+        await self.gossip.observe()
+        await self.gossip.exchange_all()
+
+    async def assemble(self) -> ModelFile:
+        """The global model: what is missing here is fetched first.
+
+        Raises:
+            P2PCollabError: the trainer could not.
+        """
+        session = self.session
+        await self.gossip.exchange_all()
+        deadline = session.clock() + _HARVEST_S
+        while True:
+            wants = session.coordinator.harvest(session.store.digests(), session.clock())
+            if not wants or session.clock() > deadline:
+                break
+            await self.gossip.fetch_all(wants)
+            # A device that could not give something just now is asked again after a while.
+            await anyio.sleep(0 if session.store.has(wants[0].digest) else 0.5)
+        held = session.store.digests()
+        frontiers = {
+            shard: tuple(
+                entry for entry in session.coordinator.ledger.frontier(shard) if entry.tensors_digest in held
+            )
+            for shard in session.spec.shards
+        }
+        return await session.trainer.assemble(frontiers, session.store.get_shard)
+
+    # Preparations
+
+    async def load_data(self) -> DataSummary:
+        """Have the trainer load this device's data.
+
+        Raises:
+            DataError: they cannot be used.
+        """
+        self.phase = "loading"
+        options = self._options
+        self.data = await self.session.trainer.configure(
+            self.session.spec,
+            TrainerSettings(
+                source=options.data,
+                root=options.data_root,
+                download=options.download,
+                share=options.share,
+                limit=options.limit,
+                budget=Budget.plan(options.budget, options.threads),
+            ),
+        )
+        for note in self.data.notes:
+            self.session.events.add("data", note)
+        return self.data
+
+    async def _prepare(self) -> None:
+        """Load the data, measure this device, and offer it."""
+        session = self.session
+        tasks = self._tasks_named(self._options.tasks)
+        prefer = self._tasks_named(self._options.prefer) or frozenset()
+        data = await self.load_data()
+        works = any(data.class_counts)
+        if works:
+            self.phase = "measuring"
+            measured = await session.trainer.measure()
+            self.speed_macs_s = measured.macs_per_s
+            session.counters.training_macs += measured.macs
+        session.coordinator.advert = Advert(
+            speed=max(self.speed_macs_s, 1.0),
+            class_counts=data.class_counts,
+            tasks=tasks,
+            prefer=prefer,
+            works=works,
+        )
+        self.phase = "ready"
+        await self.publish()
+
+    def _tasks_named(self, classes: tuple[str, ...]) -> frozenset[ShardId] | None:
+        return tasks_of(self.session.spec, classes) if classes else None
+
+    # The board
+
+    async def publish(self) -> None:
+        """Put this device's record on the board."""
+        session = self.session
+        async with self._publishing:
+            fields = session.coordinator.record_fields()
+            advert = session.coordinator.advert
+            record = DeviceRecord(
+                run_id=session.run_id,
+                device=session.device,
+                name=session.own_name,
+                beat=self.board.next_beat(),
+                state=cast(DeviceState, fields.state),
+                speed=advert.speed,
+                budget=self._options.budget,
+                class_counts=advert.class_counts,
+                tasks=None if advert.tasks is None else tuple(sorted(advert.tasks)),
+                prefer=tuple(sorted(advert.prefer)),
+                leases=fields.leases,
+                lease_sequence=fields.lease_sequence,
+                progress=fields.progress,
+                addresses=(str(session.transport.address),),
+                versions=f"p2pcollab {__version__}",
+            )
+            await self.board.publish(record)
+
+    async def _beat(self) -> None:
+        session = self.session
+        known: set[DeviceId] = set()
+        while True:
+            try:
+                await self.publish()
+                await self.gossip.observe()
+                known = self._tell_comings_and_goings(known)
+            except P2PCollabError as error:
+                session.warn("board", str(error))
+            await session.record_bell.wait(_BEAT_S * (0.9 + 0.2 * session.random.random()))
+
+    def _tell_comings_and_goings(self, known: set[DeviceId]) -> set[DeviceId]:
+        session = self.session
+        live = {device for device in session.coordinator.live(session.clock()) if device != session.device}
+        for device in sorted(live - known):
+            session.events.add("peer-joined", f"{session.name(device)} is here", device=device)
+        for device in sorted(known - live):
+            session.events.add("peer-gone", f"{session.name(device)} is gone", device=device)
+        if live:
+            session.warnings.pop("alone", None)
+        if live != known:
+            session.work_bell.ring()
+        return live
+
+    async def relink(self) -> None:
+        """Go on with the p2pd that the transport has started anew."""
+        await self.board.rebind()
+        self.session.record_bell.ring()
+
+    # Storage
+
+    async def _save_regularly(self) -> None:
+        while True:
+            await anyio.sleep(_SAVE_S)
+            self._save()
+
+    def _save(self) -> None:
+        """Remember what a restart should know besides the ledger."""
+        session = self.session
+        try:
+            session.store.set_meta(
+                {
+                    "counters": {**asdict(session.counters), **session.traffic()},
+                    "addresses": [str(address) for address in session.transport.known_addresses],
+                    "port": session.transport.port,
+                },
+                durable=False,
+            )
+        except StorageError as error:
+            session.warn("disk", str(error))
+
+    async def _collect_garbage(self) -> None:
+        session = self.session
+        while True:
+            await anyio.sleep(_SAVE_S)
+            keep = session.coordinator.keep() | self.gossip.fetching.keys()
+            try:
+                await asyncio.to_thread(session.store.collect_garbage, keep)
+            except StorageError as error:
+                session.warn("disk", str(error))

@@ -1,0 +1,89 @@
+"""What a daemon begins with: the run if it is known here, and what earlier lives of it have left."""
+
+from __future__ import annotations
+
+import contextlib
+
+from ..errors import NotAuthorisedError, UsageError
+from ..run import JoinCode, RunSpec
+from .addresses import PeerAddress
+from .events import Event
+from .options import DaemonOptions
+from .p2pd import check_port_is_free
+from .store import RunStore, Store
+
+
+def open_run(options: DaemonOptions, store: Store) -> tuple[JoinCode, RunStore | None]:
+    """The join code, and the run if this device knows it already.
+
+    Raises:
+        UsageError: the options name no run.
+        NotAuthorisedError: the code is not that of the run which is stored here under its prefix.
+        StorageError: the state folder refused.
+    """
+    if options.mode == "new":
+        if options.spec is None or options.secret_hex is None:
+            raise UsageError("a new run needs a spec and a secret")
+        spec = options.spec.encode()
+        secret = bytes.fromhex(options.secret_hex)
+        return JoinCode.create(secret, RunSpec.decode(spec).run_id), store.create_run(spec, secret)
+    if options.code is None:
+        if store.current is None:
+            raise UsageError(
+                "this device takes part in no run yet", "join one with `p2pcollab join --code P2P-…`"
+            )
+        known = store.open_run(store.current)
+        return JoinCode.create(known.secret, known.run_id), known
+    code = JoinCode.parse(options.code)
+    for run_id in store.runs():
+        if run_id.startswith(code.run_prefix):
+            known = store.open_run(run_id)
+            if known.secret == code.secret:
+                return code, known
+            known.close()
+            raise NotAuthorisedError(
+                "the join code does not fit the run of the same name in this state folder",
+                "check the code, or use another state folder with --state",
+            )
+    return code, None
+
+
+def remembered(options: DaemonOptions, run_store: RunStore | None) -> DaemonOptions:
+    """The options, with what was given when this device first joined where nothing is given now."""
+    saved = run_store.meta().get("options") if run_store is not None else None
+    if not isinstance(saved, dict):
+        return options
+    given = options.model_dump(mode="json")
+    defaults = DaemonOptions(mode=options.mode, state=options.state).model_dump(mode="json")
+    kept = {
+        name: saved[name]
+        for name, value in given.items()
+        if name in saved and value == defaults[name] and name not in ("mode", "attached", "code", "spec")
+    }
+    return DaemonOptions.model_validate({**given, **kept})
+
+
+def earlier_events(run_store: RunStore | None) -> list[Event]:
+    """What happened before this life of the daemon, oldest first."""
+    if run_store is None:
+        return []
+    return [
+        Event(id=id, time=at, kind=kind, text=text, fields=fields)
+        for id, at, kind, text, fields in run_store.events()
+    ]
+
+
+def saved_addresses(run_store: RunStore | None) -> list[PeerAddress]:
+    """Where the others were the last time."""
+    saved = run_store.meta().get("addresses") if run_store is not None else None
+    return [PeerAddress.parse(str(text)) for text in saved] if isinstance(saved, list) else []
+
+
+def saved_port(run_store: RunStore | None, host: str) -> int:
+    """The port of last time, so that the others find this device where they remember it; 0 if it is taken."""
+    saved = run_store.meta().get("port") if run_store is not None else None
+    if isinstance(saved, int):
+        with contextlib.suppress(UsageError):
+            check_port_is_free(host, saved)
+            return saved
+    return 0
