@@ -10,6 +10,7 @@ import os
 import sys
 import tempfile
 import traceback
+import warnings
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -74,6 +75,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with suppress(AttributeError, ValueError):
             stream.reconfigure(errors="replace")  # type: ignore[union-attr]
     debug = os.environ.get("P2PCOLLAB_DEBUG") == "1"
+    if not debug:
+        # PyTorch's and hivemind's remarks to programmers are none of the user's business.
+        warnings.simplefilter("ignore", FutureWarning)
     try:
         code = _run(words)
         sys.stdout.flush()

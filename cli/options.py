@@ -104,14 +104,15 @@ Tasks = Annotated[
     ),
 ]
 Budget = Annotated[
-    float,
+    float | None,
     typer.Option(
         "--budget",
-        min=0.05,
+        min=0.01,
         max=1.0,
-        metavar="0.05..1",
+        metavar="0.01..1",
         rich_help_panel=_TRAINING,
-        help="Share of this machine that training may use.",
+        show_default=False,
+        help="Share of this machine that training may use; all of it by default.",
     ),
 ]
 Threads = Annotated[

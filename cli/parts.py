@@ -136,7 +136,6 @@ def _task_rows(shards: Sequence[Mapping[str, Any]], own: set[str], width: int) -
     table.add_column("progress", width=12 if width < 90 else 24, no_wrap=True)
     table.add_column("", width=5, justify="right", no_wrap=True)
     table.add_column("accuracy", width=8, justify="right", no_wrap=True)
-    table.add_column("copies", width=6, justify="right", no_wrap=True)
     table.add_column("trained by", ratio=1, no_wrap=True, overflow="ellipsis")
     for shard in shards:
         holders, others = fmt.names(shard.get("holders"), 3), fmt.names(shard.get("contributors"), 3)
@@ -145,7 +144,6 @@ def _task_rows(shards: Sequence[Mapping[str, Any]], own: set[str], width: int) -
             bar(shard.get("progress"), 12 if width < 90 else 24),
             fmt.percent(shard.get("progress")),
             fmt.accuracy(shard.get("accuracy")),
-            str(shard.get("replicas", "-")),
             Text(holders) if holders else Text(f"({others})" if others else "-", style="dim"),
         )
     return table
@@ -175,6 +173,11 @@ def strip(shards: Sequence[Mapping[str, Any]], width: int) -> Text:
         level = _LEVELS[max(int(progress > 0), int(progress * (len(_LEVELS) - 1)))]
         text.append(level, style="green" if progress >= 1.0 else "cyan" if shard.get("holders") else "dim")
     return text
+
+
+def live_peers(status: Status) -> int:
+    """How many other devices are here now."""
+    return sum(peer.get("state") not in ("gone", "left") for peer in status.get("peers") or ())
 
 
 def peer_table(status: Status, width: int, rows_max: int = 0) -> RenderableType:

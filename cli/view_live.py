@@ -14,6 +14,7 @@ from .parts import (
     Status,
     bar,
     event_line,
+    live_peers,
     own_shards,
     panel,
     peer_table,
@@ -88,10 +89,8 @@ def header(status: Status, width: int) -> list[RenderableType]:
     first.add_row(title, state_text(status.get("phase")))
     where = [fmt.plain(device.get("name") or "this device")]
     if device.get("interface"):
-        where.append(
-            f"{fmt.plain(device['interface'])} {fmt.plain(device.get('address'))}:{device.get('port')}"
-        )
-    where.append(fmt.plural(len(status.get("peers") or ()), "peer"))
+        where.append(f"{fmt.plain(device['interface'])} {fmt.plain(device.get('host'))}:{device.get('port')}")
+    where.append(fmt.plural(live_peers(status), "peer"))
     where.append(f"up {fmt.duration(device.get('uptime_s'))}")
     progress, coverage = status.get("progress"), status.get("coverage")
     line = Text("run ", no_wrap=True)
@@ -148,7 +147,7 @@ def log_line(status: Status) -> str:
         fmt.plain(status.get("phase") or "starting"),
         f"run {fmt.percent(status.get('progress'))}",
         f"coverage {fmt.percent(status.get('coverage'))}",
-        fmt.plural(len(status.get("peers") or ()), "peer"),
+        fmt.plural(live_peers(status), "peer"),
     ]
     if work and own_shards(status):
         losses = [loss for loss in (work.get("loss") or {}).values() if loss is not None]

@@ -7,7 +7,7 @@ from rich.table import Table
 from rich.text import Text
 
 from . import format as fmt
-from .parts import Status, bar, peer_table, section, state_text, task_table, warning_lines
+from .parts import Status, bar, live_peers, peer_table, section, state_text, task_table, warning_lines
 
 
 def status_page(status: Status, *, width: int) -> Group:
@@ -71,16 +71,14 @@ def _device(status: Status, device: Status) -> str:
     if device.get("id"):
         words.append(fmt.plain(device["id"])[:8])
     if device.get("interface"):
-        words.append(
-            f"{fmt.plain(device['interface'])} {fmt.plain(device.get('address'))}:{device.get('port')}"
-        )
+        words.append(f"{fmt.plain(device['interface'])} {fmt.plain(device.get('host'))}:{device.get('port')}")
     if device.get("speed_macs_s"):
         words.append(fmt.quantity(device["speed_macs_s"], "MAC/s"))
     if device.get("budget") is not None:
         words.append(f"budget {fmt.percent(device['budget'])}")
     if device.get("uptime_s") is not None:
         words.append(f"up {fmt.duration(device['uptime_s'])}")
-    words.append(fmt.plural(len(status.get("peers") or ()), "peer"))
+    words.append(fmt.plural(live_peers(status), "peer"))
     return " · ".join(words)
 
 

@@ -20,7 +20,7 @@ import psutil
 import structlog
 
 from ..errors import ExitCode, P2PCollabError
-from .error_fields import error_to_fields
+from .error_fields import error_to_fields, first_within
 from .node import Node
 from .options import DaemonOptions
 from .store import Store
@@ -77,12 +77,9 @@ def _refuse(error: P2PCollabError) -> int:
 
 def _shown(error: BaseException) -> P2PCollabError:
     """The error to show: the first of ours in a group of them; whatever else happened is a bug of ours."""
-    queue = [error]
-    while queue:
-        candidate = queue.pop(0)
-        if isinstance(candidate, P2PCollabError):
-            return candidate
-        queue += getattr(candidate, "exceptions", ())
+    ours = first_within(error, P2PCollabError)
+    if ours is not None:
+        return ours
     log.error("internal error", exc_info=error)
     return P2PCollabError(
         f"internal error: {type(error).__name__}: {error}", "please report it with the daemon's log"

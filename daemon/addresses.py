@@ -40,6 +40,11 @@ class PeerAddress:
         """The multiaddr."""
         return f"/ip4/{self.host}/tcp/{self.port}/p2p/{self.peer}"
 
+    @property
+    def option(self) -> str:
+        """As a person gives it to `--peer`."""
+        return f"{self.host}:{self.port}/{self.peer}"
+
     @classmethod
     def checked(cls, peer: str, host: str, port: int) -> PeerAddress:
         """An address from outside.
@@ -79,7 +84,7 @@ class PeerAddress:
         except PeerError as error:
             raise UsageError(
                 f"{text!r} is not a peer's address: {error}",
-                "give it as `p2pcollab status` prints it on the other device: HOST:PORT/PEER-ID",
+                "give it as `p2pcollab peers` or `p2pcollab status --json` prints it: HOST:PORT/PEER-ID",
             ) from error
 
     @classmethod

@@ -7,6 +7,7 @@ What it measures is written by `run_demo` as one dictionary; its keys are the do
 from __future__ import annotations
 
 import hashlib
+import os
 import secrets
 import statistics
 import tempfile
@@ -29,8 +30,8 @@ _UPDATE_S: Final = 0.25
 _LATE_JOIN_AT: Final = 0.15
 _KILL_AT: Final = 0.5
 _NAMES: Final = ("desktop", "laptop", "jetson", "pi", "tablet")
-#: Share of the machine that each device may use, in turn: the devices of a household differ.
-_BUDGETS: Final = (1.0, 0.75, 0.5, 0.35)
+#: Share of one core that each device may use, in turn: the devices of a household differ.
+_CORE_SHARES: Final = (1.0, 0.75, 0.5, 0.35)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -211,6 +212,7 @@ def _train(
         "interface": options.interface,
         "threads": 1,
     }
+    cores = os.cpu_count() or 1
     preferred = spec.classes[: max(1, len(spec.classes) // 5)]
     for index in range(options.devices):
         name = _NAMES[index] if index < len(_NAMES) else f"device-{index + 1}"
@@ -218,7 +220,7 @@ def _train(
             name,
             folder / name,
             **shared,
-            budget=_BUDGETS[index % len(_BUDGETS)],
+            budget=max(0.01, _CORE_SHARES[index % len(_CORE_SHARES)] / cores),
             share=f"{index + 1}/{options.devices}" if options.partition == "iid" else None,
             prefer=list(preferred) if index == 1 else [],
         )

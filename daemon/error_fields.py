@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 from ..errors import (
     DataError,
@@ -33,6 +33,20 @@ _KINDS: Final[dict[str, type[P2PCollabError]]] = {
         UsageError,
     )
 }
+
+
+Error = TypeVar("Error", bound=BaseException)
+
+
+def first_within(error: BaseException, kind: type[Error]) -> Error | None:
+    """The first error of a kind: this one, or one in the group that it is. Task groups raise groups."""
+    queue = [error]
+    while queue:
+        candidate = queue.pop(0)
+        if isinstance(candidate, kind):
+            return candidate
+        queue += getattr(candidate, "exceptions", ())
+    return None
 
 
 def error_to_fields(error: P2PCollabError) -> dict[str, str]:

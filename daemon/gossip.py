@@ -14,11 +14,12 @@ from typing import Final
 import anyio
 import structlog
 
-from ..errors import NotAuthorisedError, P2PCollabError, PeerError, StorageError
+from .. import limits
+from ..errors import IncompatibleError, NotAuthorisedError, P2PCollabError, PeerError, StorageError
 from ..holdings import Want
 from ..keys import device_of_peer, peer_id
 from ..ledger import Contribution
-from ..run import DeviceId
+from ..run import PROTOCOL_VERSION, DeviceId, ShardId
 from ..screen import reason_to_refuse
 from ..wire import (
     Download,
@@ -36,7 +37,6 @@ from ..wire import (
 from .board import Board
 from .calls import RefusalError, UnreachableError
 from .session import Session
-from .trainer import TrainerDied
 
 log = structlog.get_logger()
 
@@ -45,6 +45,8 @@ ROUND_S: Final = 2.0
 #: Shards fetched at a time; more only share the same link.
 _FETCHES_AT_ONCE: Final = 4
 _TRIES_PER_HOLDER: Final = 2
+#: Refused contributions that are remembered, so that each is told of once.
+_REFUSED_KEPT: Final = 4096
 #: Pages of one exchange; what is more is left to the next round.
 _PAGES_MAX: Final = 32
 
@@ -59,6 +61,8 @@ class Gossip:
         self._peers: dict[DeviceId, str] = {}
         #: Digests on their way here, and what tells that they came or did not.
         self.fetching: dict[str, anyio.Event] = {}
+        #: Signatures of contributions that were refused, oldest first.
+        self._refused: dict[bytes, None] = {}
         #: Devices that have fetched each of this device's shards: whether its work outlives it.
         self.fetched_by: dict[str, set[DeviceId]] = {}
 
@@ -67,6 +71,11 @@ class Gossip:
     async def hello(self, peer: str, request: Hello) -> HelloReply:
         """Give the run spec."""
         del peer
+        if request.version != PROTOCOL_VERSION:
+            raise IncompatibleError(
+                f"this device speaks protocol version {PROTOCOL_VERSION}, the other one {request.version}",
+                "install the same version of p2pcollab on all devices",
+            )
         if not self._session.run_id.startswith(request.run_prefix):
             raise RefusalError("not-found", "this device takes part in another run")
         return HelloReply(spec=self._session.store.spec)
@@ -123,6 +132,8 @@ class Gossip:
         for data in encoded:
             contribution = decode_contribution(data, self._session.run_id)
             reason = reason_to_refuse(contribution, self._session.spec)
+            if reason is None and not self._is_known(contribution):
+                reason = self._reason_to_leave_out(contribution)
             if reason is None:
                 acceptable.append(contribution)
             else:
@@ -131,6 +142,16 @@ class Gossip:
         if new:
             log.info("heard", entries=len(new), source=source)
         return new
+
+    def _is_known(self, contribution: Contribution) -> bool:
+        return self._session.coordinator.ledger.get(*contribution.key) is not None
+
+    def _reason_to_leave_out(self, contribution: Contribution) -> str | None:
+        """Why a device that has no place in the ledger yet gets none."""
+        # A run of honest devices never comes near: this bounds what invented identities can fill.
+        if len(self._session.coordinator.ledger.of_shard(contribution.shard)) >= limits.DEVICES_MAX:
+            return f"the shard has contributions of {limits.DEVICES_MAX} devices already"
+        return None
 
     def enter(self, contributions: Sequence[Contribution]) -> tuple[Contribution, ...]:
         """Store contributions and enter them into the ledger; those that were new.
@@ -143,7 +164,8 @@ class Gossip:
         fresh = [
             entry
             for entry in contributions
-            if (held := ledger.get(*entry.key)) is None or entry.version > held.version
+            if entry.signature not in self._refused
+            and ((held := ledger.get(*entry.key)) is None or entry.version > held.version)
         ]
         if not fresh:
             return ()
@@ -173,6 +195,11 @@ class Gossip:
 
     def _refuse(self, contribution: Contribution, reason: str) -> None:
         session = self._session
+        if contribution.signature in self._refused:
+            return  # whoever believes in it offers it again and again
+        self._refused[contribution.signature] = None
+        if len(self._refused) > _REFUSED_KEPT:
+            del self._refused[next(iter(self._refused))]
         session.counters.refused += 1
         session.events.add(
             "refused",
@@ -209,19 +236,29 @@ class Gossip:
         if peer is None:
             return
         try:
-            for _ in range(_PAGES_MAX):
-                if not await self._exchange_page(device, peer):
-                    return
+            for shards in self._pages():
+                for _ in range(_PAGES_MAX):
+                    if not await self._exchange_page(device, peer, shards):
+                        break
         except UnreachableError:
             return
         except (PeerError, NotAuthorisedError, StorageError) as error:
             log.warning("exchange failed", device=device, reason=str(error))
 
-    async def _exchange_page(self, device: DeviceId, peer: str) -> bool:
+    def _pages(self) -> list[tuple[ShardId, ...]]:
+        """The shards that one message's summary can cover, page by page; empty: all in one."""
+        if len(self._session.coordinator.ledger) <= limits.SUMMARY_ENTRIES_MAX:
+            return [()]
+        size = limits.SUMMARY_ENTRIES_MAX // limits.DEVICES_MAX
+        shards = self._session.spec.shards
+        return [shards[start : start + size] for start in range(0, len(shards), size)]
+
+    async def _exchange_page(self, device: DeviceId, peer: str, shards: tuple[ShardId, ...]) -> bool:
         """One message pair, and a push where the other side lacks something; whether there may be more."""
         ledger = self._session.coordinator.ledger
+        summary = {key: mark for key, mark in ledger.summary().items() if not shards or key[0] in shards}
         reply = await self._session.transport.exchange(
-            peer, Exchange.create(ledger.digest(), ledger.summary())
+            peer, Exchange.create(ledger.digest(), summary, shards)
         )
         new = self.take(reply.entries, device)
         lacking = [entry for key in reply.want if (entry := ledger.get(*key)) is not None]
@@ -319,7 +356,7 @@ class Gossip:
                 tasks.start_soon(fetch, want)
 
     async def fetch_one(self, want: Want) -> bool:
-        """Fetch one shard from the first holder that gives it, check it, keep it; whether it is here now."""
+        """Fetch one shard from the first holder that gives it, check it, keep it; whether it is here."""
         session = self._session
         underway = self.fetching.get(want.digest)
         if underway is not None:
@@ -330,14 +367,17 @@ class Gossip:
             data = await self._download(want)
             if data is None:
                 return False
+            if not await self._passes(want, data):
+                return False
             await asyncio.to_thread(session.store.put_shard, data)
             session.work_bell.ring()
-            return await self._screen(want)
+            return True
         except StorageError as error:
             session.warn("disk", str(error))
             return False
-        except TrainerDied:
-            return True  # it is here; whoever merges it checks its form
+        except P2PCollabError as error:
+            log.info("fetch given up", digest=want.digest, reason=str(error))
+            return False
         finally:
             self.fetching.pop(want.digest).set()
 
@@ -368,15 +408,15 @@ class Gossip:
             raise UnreachableError(f"{self._session.name(device)} has not shown its address")
         return peer
 
-    async def _screen(self, want: Want) -> bool:
-        """Refuse tensors that must not be merged, and the contribution that brought them."""
+    async def _passes(self, want: Want, data: bytes) -> bool:
+        """Whether tensors may be merged; otherwise the contribution that names them is refused."""
         session = self._session
         entries = [
             entry
             for entry in session.coordinator.ledger.of_shard(want.shard)
             if entry.tensors_digest == want.digest
         ]
-        reasons = await session.trainer.check(entries, session.store.get_shard)
+        reasons = await session.trainer.check(entries, lambda _digest: data)
         for entry, reason in zip(entries, reasons, strict=True):
             if reason is not None:
                 session.coordinator.reject(entry.tensors_digest)

@@ -113,7 +113,9 @@ class Member:
         self.gossip.restore(run_store.load_contributions())
         for notice in run_store.notices():
             session.warn("store", notice)
-        run_store.set_meta({"options": options.model_dump(mode="json")})
+        # Not what only this start needs, and no secret a second time.
+        passing = {"mode", "attached", "code", "spec", "secret_hex"}
+        run_store.set_meta({"options": options.model_dump(mode="json", exclude=passing)})
 
     async def start(self) -> None:
         """Take part in the board, alone so far."""
@@ -209,7 +211,7 @@ class Member:
                 download=options.download,
                 share=options.share,
                 limit=options.limit,
-                budget=Budget.plan(options.budget, options.threads),
+                budget=Budget.plan(options.share_of_machine, options.threads),
             ),
         )
         for note in self.data.notes:
@@ -256,7 +258,7 @@ class Member:
                 beat=self.board.next_beat(),
                 state=cast(DeviceState, fields.state),
                 speed=advert.speed,
-                budget=self._options.budget,
+                budget=self._options.share_of_machine,
                 class_counts=advert.class_counts,
                 tasks=None if advert.tasks is None else tuple(sorted(advert.tasks)),
                 prefer=tuple(sorted(advert.prefer)),
@@ -276,6 +278,7 @@ class Member:
                 await self.publish()
                 await self.gossip.observe()
                 known = self._tell_comings_and_goings(known)
+                session.warnings.pop("board", None)
             except P2PCollabError as error:
                 session.warn("board", str(error))
             await session.record_bell.wait(_BEAT_S * (0.9 + 0.2 * session.random.random()))
@@ -317,6 +320,7 @@ class Member:
                 },
                 durable=False,
             )
+            session.warnings.pop("disk", None)
         except StorageError as error:
             session.warn("disk", str(error))
 

@@ -76,13 +76,15 @@ class Node:
         self.identity = Identity.from_bytes(store.identity_seed())
         self.name = views.printable_name(self.options.nickname)
         self._keys = RunKeys.derive(self.code.secret)
-        self._trainer = Trainer(Budget.plan(self.options.budget, self.options.threads).threads)
+        self._trainer = Trainer(Budget.plan(self.options.share_of_machine, self.options.threads).threads)
         #: How far the start is; once the run is known, its member's word counts.
         self.phase = "starting"
         self.transport: Transport | None = None
         self.member: Member | None = None
         self._discovery: Discovery | None = None
         self._run_known = anyio.Event()
+        #: Another device of the run has answered as one.
+        self._met = anyio.Event()
         self._leaving = anyio.Event()
 
     # The API's port
@@ -152,16 +154,17 @@ class Node:
         """Find the run, see its board and its ledger, do `work`, and go.
 
         Raises:
-            TimeoutError: no device of the run answered in time.
-            P2PCollabError: why it could not be.
+            TimeoutError, P2PCollabError: no device of the run answered in time, or why it could not be; alone
+                or in a group.
         """
         await self._trainer.start()
         try:
+            # Before the clock runs: a small device needs longer for its imports than to find others.
+            transport = await self._start_network()
             async with anyio.create_task_group() as tasks:
                 with anyio.fail_after(within_s):
-                    member = await self._find_run(tasks)
-                    while not self.timings.has("discovery"):
-                        await member.session.record_bell.wait(within_s)
+                    member = await self._find_run(tasks, transport)
+                    await self._met.wait()
                     await member.look_around()
                 await member.load_data()
                 result = await work(self)
@@ -172,22 +175,22 @@ class Node:
                 await self._stop()
 
     async def _live(self, tasks: TaskGroup) -> None:
-        member = await self._find_run(tasks)
-        assert self._discovery is not None and self.transport is not None
+        transport = await self._start_network()
+        member = await self._find_run(tasks, transport)
+        assert self._discovery is not None
         await self._discovery.announce(
             Announcement(
                 run_prefix=self.code.run_prefix,
                 name=member.session.spec.name,
                 peer=self.identity.peer_id,
-                port=self.transport.port,
+                port=transport.port,
             )
         )
-        self.events.add("joined", f"takes part in {member.session.spec.name!r} on {self.transport.address}")
+        self.events.add("joined", f"takes part in {member.session.spec.name!r} on {transport.address}")
         await member.run(tasks)
 
-    async def _find_run(self, tasks: TaskGroup) -> Member:
-        """Start the network, and look for devices until the run is known; they are met from then on."""
-        transport = await self._start_network()
+    async def _find_run(self, tasks: TaskGroup, transport: Transport) -> Member:
+        """Look for devices until the run is known; they are met from then on."""
         if self.run_store is not None:
             await self._join(self.run_store)
         tasks.start_soon(self._watch_discovery, tasks)
@@ -281,6 +284,7 @@ class Node:
             await self._run_known.wait()
             if self.member is not None and await self.member.board.meet(address):
                 self.timings.done("discovery")
+                self._met.set()
                 self.member.session.record_bell.ring()
         except NotAuthorisedError as error:
             await self._refused(error)

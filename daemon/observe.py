@@ -7,13 +7,17 @@ device, but announces nothing, holds nothing for others and leaves no trace but 
 from __future__ import annotations
 
 import asyncio
+import logging
 import tempfile
 import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
-from ..errors import NoPeersError
+import structlog
+
+from ..errors import NoPeersError, P2PCollabError
+from .error_fields import first_within
 from .node import Node
 from .options import DaemonOptions
 from .store import Store
@@ -53,6 +57,8 @@ def harvest(options: DaemonOptions) -> tuple[bytes, tuple[str, ...], float]:
 
 
 async def _visit(options: DaemonOptions, work: Callable[[Node], Awaitable[Result]]) -> Result:
+    # The log is a daemon's. This is the program of whoever looks, and standard output is for its answer.
+    structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.CRITICAL))
     # A folder of its own: the device's daemon may run at the same time, in another run.
     with tempfile.TemporaryDirectory(prefix="p2pcollab-observer-") as folder:
         store = Store.open(Path(folder))
@@ -64,7 +70,12 @@ async def _visit(options: DaemonOptions, work: Callable[[Node], Awaitable[Result
                 visitor=True,
             )
             return await node.visit(work, within_s=_FIND_S)
-        except TimeoutError as error:
+        except Exception as error:
+            reason = first_within(error, P2PCollabError)
+            if reason is not None:
+                raise reason from error
+            if first_within(error, TimeoutError) is None:
+                raise
             raise NoPeersError(
                 f"no device of this run was found on {node.interface.name} ({node.interface.address}) in "
                 f"{_FIND_S:.0f} s",

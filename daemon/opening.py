@@ -55,11 +55,7 @@ def remembered(options: DaemonOptions, run_store: RunStore | None) -> DaemonOpti
         return options
     given = options.model_dump(mode="json")
     defaults = DaemonOptions(mode=options.mode, state=options.state).model_dump(mode="json")
-    kept = {
-        name: saved[name]
-        for name, value in given.items()
-        if name in saved and value == defaults[name] and name not in ("mode", "attached", "code", "spec")
-    }
+    kept = {name: saved[name] for name, value in given.items() if name in saved and value == defaults[name]}
     return DaemonOptions.model_validate({**given, **kept})
 
 

@@ -39,8 +39,8 @@ class DaemonOptions(Frozen):
     prefer: tuple[str, ...] = ()
     #: Class names that this device trains only.
     tasks: tuple[str, ...] = ()
-    #: Share of the machine that training may use.
-    budget: Annotated[float, Field(ge=0.05, le=1.0)] = 1.0
+    #: Share of the machine that training may use; all of it when not given.
+    budget: Annotated[float, Field(ge=0.01, le=1.0)] | None = None
     #: Threads of the trainer; from the budget when not given.
     threads: Annotated[int, Field(ge=1, le=256)] | None = None
     #: The device's name for people; the host's when not given.
@@ -49,6 +49,11 @@ class DaemonOptions(Frozen):
     replicate_all: bool = False
     #: Leave cleanly when standard input ends.
     attached: bool = False
+
+    @property
+    def share_of_machine(self) -> float:
+        """The budget, 0..1."""
+        return 1.0 if self.budget is None else self.budget
 
     @classmethod
     def parse(cls, line: bytes) -> DaemonOptions:

@@ -13,7 +13,6 @@ _SHARD_GAUGES: Final = {
     "generation": "Newest generation of the shard.",
     "loss": "Mean training loss of the newest contribution.",
     "accuracy": "Own-validation accuracy of the newest contribution, 0..1.",
-    "replicas": "Live devices that hold the newest state of the shard.",
 }
 #: Counters of the status that can fall: they are shown as gauges.
 _PEAKS: Final = {"peak_rss_bytes"}
@@ -38,7 +37,8 @@ class StatusCollector(Collector):
             "complete": "1 when every shard is complete.",
         }.items():
             yield GaugeMetricFamily(f"p2pcollab_{name}", text, value=float(status.get(name) or 0))
-        yield GaugeMetricFamily("p2pcollab_peers", "Live peers.", value=len(status.get("peers", ())))
+        live = sum(peer.get("state") not in ("gone", "left") for peer in status.get("peers", ()))
+        yield GaugeMetricFamily("p2pcollab_peers", "Live peers.", value=live)
         work = status.get("work") or {}
         yield GaugeMetricFamily(
             "p2pcollab_training_samples_per_second",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import platform
 import resource
@@ -9,7 +10,9 @@ import sys
 from typing import TYPE_CHECKING, Any, cast
 
 from .. import limits
+from ..errors import PeerError
 from ..run import DeviceId, RunSpec
+from .addresses import PeerAddress
 
 if TYPE_CHECKING:
     from ..records import DeviceRecord
@@ -39,8 +42,8 @@ def status(node: Node) -> dict[str, Any]:
         "shards": shards,
         "peers": _peers(session) if session else [],
         "ledger": {
-            "digest": ledger.digest().hex() if ledger else None,
-            "entries": len(ledger) if ledger else 0,
+            "digest": ledger.digest().hex() if ledger is not None else None,
+            "entries": len(ledger) if ledger is not None else 0,
         },
         "coverage": len(covered) / len(spec.classes) if spec else 0.0,
         "progress": _progress(session.spec, shards) if session else 0.0,
@@ -61,6 +64,7 @@ def counters(session: Session) -> dict[str, int]:
         "refused": kept.refused,
         "peak_rss_bytes": kept.trainer_peak_rss_bytes + peak_rss_bytes(),
         "trainer_restarts": kept.trainer_restarts,
+        "strangers_refused": session.transport.counters.refused,
         **session.traffic(),
     }
 
@@ -97,12 +101,13 @@ def _device(node: Node) -> dict[str, Any]:
         "name": node.name,
         "state": member.session.coordinator.state if member else "idle",
         "interface": node.interface.name,
-        "address": str(transport.address) if transport and transport.port else None,
+        "host": node.interface.address,
+        "address": transport.address.option if transport and transport.port else None,
         "port": transport.port if transport else None,
         "pid": os.getpid(),
         "uptime_s": node.timings.uptime_s,
         "speed_macs_s": member.speed_macs_s if member else 0.0,
-        "budget": node.options.budget,
+        "budget": node.options.share_of_machine,
         "data": {
             "train": data.train if data else 0,
             "test": data.test if data else 0,
@@ -171,11 +176,19 @@ def _peers(session: Session) -> list[dict[str, Any]]:
                 ],
                 "speed": record.speed,
                 "last_seen_s": seen.silent_s,
-                "address": record.addresses[0] if record.addresses else None,
+                "address": _address(record),
                 "class_counts": list(record.class_counts),
             }
         )
     return rows
+
+
+def _address(record: DeviceRecord) -> str | None:
+    """A peer's address as `--peer` takes it."""
+    for text in record.addresses:
+        with contextlib.suppress(PeerError):
+            return PeerAddress.parse(text).option
+    return None
 
 
 def _progress(spec: RunSpec, shards: list[dict[str, Any]]) -> float:

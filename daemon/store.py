@@ -1,6 +1,6 @@
 """A device's state folder: identity, runs, shards.
 
-    identity.key   32-byte Ed25519 seed, 0600    current    id of the run that `resume` goes on with
+    identity.key   32-byte Ed25519 seed, 0600    current    id of the run that `join` goes on with
     p2pd.key       the same key for p2pd         api.json   where the daemon's API listens
     daemon.lock    held while a daemon runs
     runs/<first 16 digits of the run id>/

@@ -302,7 +302,7 @@ class Transport:
         except (P2PDaemonError, OSError) as error:
             remove_socket_folder(self._sockets)
             raise RunError(
-                f"p2pd does not start: {error}", "see whether it runs: `p2pcollab doctor`"
+                f"p2pd does not start: {error}", "the daemon's log may say more: `p2pcollab paths`"
             ) from error
         assert p2p.peer_id.to_base58() == self.peer_id
         await p2p.begin(self._authenticator, self.counters, self._clock)

@@ -26,8 +26,10 @@ Seen = dict[tuple[str, str], int]
 
 
 def digits_spec(name: str, epochs: float) -> RunSpec:
-    """A run on the digits: ten classes, ten tasks."""
-    return plan_run(name, inspect("digits", None), PlanOptions(epochs=epochs, seed=1))
+    """A run on the digits: ten classes, ten tasks. Never the same run twice: others may test on this machine."""
+    return plan_run(
+        f"{name}-{secrets.token_hex(4)}", inspect("digits", None), PlanOptions(epochs=epochs, seed=1)
+    )
 
 
 def create(device: LocalDevice, spec: RunSpec) -> str:
@@ -108,6 +110,11 @@ def seen(device: LocalDevice) -> Seen:
 def lost(before: Seen, after: Seen) -> list[tuple[str, str]]:
     """What `after` lacks of `before`."""
     return [key for key, samples in before.items() if after.get(key, 0) < samples]
+
+
+def peer_states(viewer: LocalDevice) -> list[str]:
+    """How a device sees the others."""
+    return [row["state"] for row in (viewer.status() or {}).get("peers", [])]
 
 
 def peer_state(viewer: LocalDevice, device_id: str) -> str | None:

