@@ -40,8 +40,7 @@ _BEAT_S: Final = 2.0
 _DRAIN_S: Final = 12.0
 #: How long a leaving device waits for others to fetch what only it holds.
 _HANDOVER_S: Final = 6.0
-#: How long an assembly looks for shards that nobody gives: longer than a holder is left in peace after it
-#: failed to give one.
+#: How long an assembly asks for shards that a live device may have and does not give.
 _HARVEST_S: Final = 12.0
 _SAVE_S: Final = 5.0
 
@@ -178,7 +177,9 @@ class Member:
         await self.gossip.exchange_all()
         deadline = session.clock() + _HARVEST_S
         while True:
-            wants = session.coordinator.harvest(session.store.digests(), session.clock())
+            missing = session.coordinator.harvest(session.store.digests(), session.clock())
+            # What every live device says that it does not hold died with its maker.
+            wants = [want for want in missing if want.holders]
             if not wants or session.clock() > deadline:
                 break
             await self.gossip.fetch_all(wants)
@@ -186,9 +187,7 @@ class Member:
             await anyio.sleep(0 if session.store.has(wants[0].digest) else 0.5)
         held = session.store.digests()
         frontiers = {
-            shard: tuple(
-                entry for entry in session.coordinator.ledger.frontier(shard) if entry.tensors_digest in held
-            )
+            shard: session.coordinator.obtainable(shard, held, session.clock())
             for shard in session.spec.shards
         }
         return await session.trainer.assemble(frontiers, session.store.get_shard)

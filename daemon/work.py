@@ -92,6 +92,9 @@ class Worker:
         """Train until `stop`."""
         while not self._stopping:
             try:
+                if self._session.trainer.pid is None:
+                    # It died between leases. Whoever trains nothing any more still assembles with it.
+                    await self._restart_trainer()
                 if not await self._one_lease():
                     await self._session.work_bell.wait(_LOOK_AGAIN_S)
             except TrainerDied as error:

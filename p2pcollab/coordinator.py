@@ -449,6 +449,11 @@ class Coordinator:
         entries = [entry for shard in self._shards for entry in self._ledger.frontier(shard)]
         return tuple(self._holdings.want(entries, held, frozenset(self.live(now)), now, needed=True))
 
+    def obtainable(self, shard: ShardId, held: AbstractSet[str], now: float) -> tuple[Contribution, ...]:
+        """What a shard can be merged of here: its frontier, or what came before where that is lost."""
+        start = self._start(shard, held, frozenset(self.live(now)), now)
+        return tuple(entry for entry in start if entry.tensors_digest in held)
+
     def refused(self, digest: str, device: DeviceId, now: float) -> None:
         """A device answered that it does not hold a digest. When all have, a lease goes on without it."""
         self._holdings.refuse(digest, device, now)

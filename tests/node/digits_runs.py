@@ -76,6 +76,11 @@ def training(device: LocalDevice) -> None:
     )
 
 
+def contributed(device: LocalDevice) -> bool:
+    """Whether a device has made a contribution."""
+    return bool((device.status() or {"counters": {}})["counters"].get("contributions"))
+
+
 def freeze_in_a_lease(device: LocalDevice) -> list[str]:
     """Stop a device's trainer in the middle of a lease, so that the lease lasts; its shards."""
     trainer = parts(device)["trainer"]

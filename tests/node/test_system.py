@@ -63,7 +63,7 @@ def household(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Household]:
         for device in (picky, narrow, watcher):
             device.start(mode="join", code=code)
         for device in (picky, narrow):
-            runs.training(device)
+            runs.eventually(lambda device=device: runs.contributed(device), f"{device.name} to train")
         runs.eventually(lambda: "observer" in runs.peer_states(desktop), "the watcher to be seen as one")
         desktop.processes()["trainer"].resume()
         runs.complete(desktop, picky, narrow, watcher)
@@ -176,13 +176,17 @@ def test_the_tasks_of_a_killed_device_are_taken_over_and_it_comes_back_with_its_
         creator = runs.add_digits(fleet, "creator", tmp_path, "1/3")
         second = runs.add_digits(fleet, "second", tmp_path, "2/3")
         late = runs.add_digits(fleet, "late", tmp_path, "3/3")
-        code = runs.create(creator, runs.digits_spec("takeover", epochs=4))
-        second.start(mode="join", code=code)
+        code = runs.create(creator, runs.digits_spec("takeover", epochs=6))
         own = runs.device_id(creator)
-        runs.eventually(
-            lambda: any(author == own for _, author in runs.seen(second)), "the creator's work to spread"
-        )
+        runs.eventually(lambda: runs.contributed(creator), "the creator to train")
+        # Its trainer stands still, so that it certainly holds a lease when it is killed.
         held = runs.freeze_in_a_lease(creator)
+        second.start(mode="join", code=code)
+        runs.eventually(
+            lambda: runs.known(second) and runs.lost(runs.seen(creator), runs.seen(second)) == [],
+            "the creator's work to spread",
+        )
+        runs.eventually(lambda: runs.contributed(second), "the second device to train")
         second.processes()["trainer"].suspend()
         before = runs.seen(creator)
         processes = runs.parts(creator)
@@ -192,13 +196,13 @@ def test_the_tasks_of_a_killed_device_are_taken_over_and_it_comes_back_with_its_
 
         # Only the second device is left to give the run spec.
         late.start(mode="join", code=code)
-        runs.eventually(lambda: runs.known(late) and runs.trained_by(late), "the late device to train")
+        runs.eventually(lambda: runs.contributed(late), "the late device to train")
         second.processes()["trainer"].resume()
         runs.complete(second, late)
         after = runs.seen(late)
         for shard in held:
             others = {author for (trained, author) in after if trained == shard and author != own}
-            assert others and after.get((shard, own), 0) <= before.get((shard, own), 0)
+            assert others and after.get((shard, own), 0) == before.get((shard, own), 0)
 
         creator.start(mode="resume", spec=None, secret_hex=None)
         runs.eventually(lambda: runs.known(creator), "the creator to be back in the run")
@@ -231,6 +235,14 @@ def test_a_daemon_outlives_its_trainer_and_its_p2pd_and_leaves_nothing_behind(tm
         other = runs.device_id(first)
         runs.eventually(lambda: runs.peer_state(second, other) == "complete", "the devices to meet again")
         assert first.assemble().data == second.assemble().data
+
+        # Nothing is left to train, and a model is still assembled.
+        second.kill("trainer")
+        runs.eventually(
+            lambda: runs.status(second)["counters"]["trainer_restarts"] == 2, "the trainer to be started again"
+        )
+        assert second.assemble().data == first.assemble().data
+        after = runs.parts(second)
 
         # The trainer and p2pd that were started again are watched over like the first ones.
         second.kill("daemon")

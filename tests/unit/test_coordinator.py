@@ -573,3 +573,14 @@ def test_harvest_wants_every_frontier() -> None:
     one.receive(entries, 0.0)
     wanted = one.harvest({entries[0].tensors_digest}, 0.0)
     assert {want.digest for want in wanted} == {entry.tensors_digest for entry in entries[1:]}
+
+
+def test_assembly_falls_back_on_what_came_before_when_the_newest_died_with_its_maker() -> None:
+    older = mine(contribution(1))
+    newer = mine(successor((older,), 2))
+    one = coordinator()
+    one.receive([older, newer], 0.0)
+    one.observe_board([Record(device=device(1))], 0.0)
+    assert one.obtainable(T0, {older.tensors_digest, newer.tensors_digest}, 0.0) == (newer,)
+    one.refused(newer.tensors_digest, device(1), 0.0)
+    assert one.obtainable(T0, {older.tensors_digest}, 0.1) == (older,)
