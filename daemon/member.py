@@ -113,7 +113,7 @@ class Member:
         for notice in run_store.notices():
             session.warn("store", notice)
         # Not what only this start needs, and no secret a second time.
-        passing = {"mode", "attached", "code", "spec", "secret_hex"}
+        passing = {"mode", "state", "attached", "code", "spec", "secret_hex"}
         run_store.set_meta({"options": options.model_dump(mode="json", exclude=passing)})
 
     async def start(self) -> None:

@@ -30,7 +30,7 @@ from .events import Event, EventLog
 from .interfaces import choose_interface
 from .model_file import ModelFile
 from .options import DaemonOptions
-from .p2pd import P2PD_MARK, end_stale_p2pd
+from .p2pd import P2PD_MARK, check_port_is_free, end_stale_p2pd
 from .store import RunStore, Store
 from .timings import Timings
 from .trainer import Budget, Trainer
@@ -132,6 +132,11 @@ class Node:
         Raises:
             P2PCollabError: why it could not go on.
         """
+        # One that outlived a killed daemon would hold the port.
+        end_stale_p2pd(self.options.state / P2PD_MARK)
+        if self.options.port:
+            # Now, and not where p2pd starts: whoever detaches from the daemon still hears of it.
+            check_port_is_free(self.interface.address, self.options.port)
         # It imports torch, which takes longest of all that follows.
         await self._trainer.start()
         api_module = await asyncio.to_thread(importlib.import_module, ".api", __package__)
@@ -212,8 +217,6 @@ class Node:
         from .transport import Transport
 
         self.timings.done("imports")
-        # One that outlived a killed daemon would hold the port of last time.
-        end_stale_p2pd(self.options.state / P2PD_MARK)
         self.transport = Transport(
             self.identity,
             self._keys,

@@ -65,7 +65,7 @@ def _vgg(*stages: int | str) -> tuple[Stage, ...]:
     )
 
 
-_VGG_TRAINING: Final = TrainingHints(batch_size=128, peak_lr=0.1, weight_decay=5e-4, epochs=30)
+_VGG_TRAINING: Final = TrainingHints(batch_size=128, peak_lr=0.05, weight_decay=5e-4, epochs=30)
 
 FAMILIES: Final[dict[str, Family]] = {
     # For images of 32x32. Source of the widths: AlexNet in its usual CIFAR form, 171 M MAC dense.
@@ -75,7 +75,7 @@ FAMILIES: Final[dict[str, Family]] = {
         grid=4,
         aux_channels=128,
         model=ModelSpec(family="alexnet", stem_stages=2, branch_width=0.25),
-        training=TrainingHints(batch_size=128, peak_lr=0.1, weight_decay=5e-4, epochs=12),
+        training=TrainingHints(batch_size=128, peak_lr=0.02, weight_decay=5e-4, epochs=12),
     ),
     # Source: Simonyan & Zisserman 2015, configurations A and D; here with batch norm and one hidden layer.
     "vgg11": Family(

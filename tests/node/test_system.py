@@ -204,7 +204,9 @@ def test_the_tasks_of_a_killed_device_are_taken_over_and_it_comes_back_with_its_
             others = {author for (trained, author) in after if trained == shard and author != own}
             assert others and after.get((shard, own), 0) == before.get((shard, own), 0)
 
-        creator.start(mode="resume", spec=None, secret_hex=None)
+        # Nothing in a state folder depends on where it lies.
+        creator.state = creator.state.rename(tmp_path / "moved")
+        creator.start(mode="resume", spec=None, secret_hex=None, state=str(creator.state))
         runs.eventually(lambda: runs.known(creator), "the creator to be back in the run")
         assert runs.device_id(creator) == own
         assert runs.lost(before, runs.seen(creator)) == []
