@@ -19,8 +19,8 @@ from typing import Any
 
 import hivemind
 import torch
-from p2pcollab.daemon.fleet import Fleet, wait_until
 
+from p2pcollab.daemon.fleet import Fleet, wait_until
 from p2pcollab.data import inspect
 from p2pcollab.planning import PlanOptions, plan_run
 

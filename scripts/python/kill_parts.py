@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 from p2pcollab.daemon.fleet import Fleet, LocalDevice, wait_until
-
 from p2pcollab.data import inspect
 from p2pcollab.planning import PlanOptions, plan_run
 

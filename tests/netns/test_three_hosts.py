@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 from lab import Lab, why_not
-from p2pcollab.daemon.fleet import Fleet, LocalDevice, wait_until
 
+from p2pcollab.daemon.fleet import Fleet, LocalDevice, wait_until
 from p2pcollab.data import inspect
 from p2pcollab.planning import PlanOptions, plan_run
 

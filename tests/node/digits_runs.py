@@ -9,11 +9,11 @@ from typing import Any
 
 import numpy as np
 import psutil
-from p2pcollab.daemon.api_client import ApiClient
-from p2pcollab.daemon.fleet import Fleet, LocalDevice, wait_until
 from PIL import Image
 
 from p2pcollab.assembly import load_model
+from p2pcollab.daemon.api_client import ApiClient
+from p2pcollab.daemon.fleet import Fleet, LocalDevice, wait_until
 from p2pcollab.data import eval_batches, inspect, load
 from p2pcollab.planning import PlanOptions, plan_run
 from p2pcollab.run import STEM, JoinCode, RunSpec, ShardId

@@ -13,7 +13,6 @@ from typing import Any
 from p2pcollab.daemon.board import Board
 from p2pcollab.daemon.interfaces import Interface
 from p2pcollab.daemon.transport import Transport
-
 from p2pcollab.keys import Identity, RunKeys
 from p2pcollab.records import DeviceRecord
 from p2pcollab.run import RunId

@@ -15,12 +15,12 @@ from typing import Any, TypeVar
 
 import httpx
 import pytest
+
+from p2pcollab import limits
 from p2pcollab.daemon.api import ApiServer
 from p2pcollab.daemon.api_client import ApiClient, find_daemon
 from p2pcollab.daemon.events import Event, EventLog
 from p2pcollab.daemon.model_file import ModelFile
-
-from p2pcollab import limits
 from p2pcollab.errors import ExitCode, IncompleteError, NotRunningError, P2PCollabError
 
 T = TypeVar("T")

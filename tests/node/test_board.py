@@ -14,9 +14,9 @@ from hivemind.dht.storage import DictionaryDHTValue
 from hivemind.p2p import PeerID
 from hivemind.utils import MSGPackSerializer
 from loopback import NAME, Device, devices, fresh_keys
-from p2pcollab.daemon.board import RECORD_TTL_S, expiry
 
 from p2pcollab import limits
+from p2pcollab.daemon.board import RECORD_TTL_S, expiry
 from p2pcollab.errors import PeerError
 from p2pcollab.keys import Identity
 from p2pcollab.records import BOARD_DEVICES, seal_record

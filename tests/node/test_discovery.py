@@ -13,13 +13,13 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from p2pcollab.daemon import discovery as discovery_module
-from p2pcollab.daemon.discovery import SERVICE, Announcement, Discovery, Found, parse_announcement
-from p2pcollab.daemon.interfaces import Interface
 from zeroconf import IPVersion, ServiceStateChange
 from zeroconf.asyncio import AsyncServiceBrowser, AsyncServiceInfo, AsyncZeroconf
 
 from p2pcollab import limits
+from p2pcollab.daemon import discovery as discovery_module
+from p2pcollab.daemon.discovery import SERVICE, Announcement, Discovery, Found, parse_announcement
+from p2pcollab.daemon.interfaces import Interface
 from p2pcollab.errors import PeerError
 from p2pcollab.keys import Identity
 

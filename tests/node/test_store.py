@@ -16,9 +16,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from p2pcollab.daemon.store import RunStore, Store
 
 from p2pcollab import files, limits
+from p2pcollab.daemon.store import RunStore, Store
 from p2pcollab.errors import StorageError, UsageError
 from p2pcollab.run import RunId
 

@@ -18,14 +18,14 @@ from hivemind.proto import dht_pb2
 from hivemind.utils import MSGPackSerializer
 from hivemind.utils.multiaddr import Multiaddr
 from loopback import HELLO, LOOPBACK, NAME, RUN, Device, devices, fresh_keys
-from p2pcollab.daemon import streams
-from p2pcollab.daemon.addresses import PeerAddress
-from p2pcollab.daemon.calls import PREFIX
-from p2pcollab.daemon.discovery import SERVICE, Announcement, Discovery
 from zeroconf import IPVersion
 from zeroconf.asyncio import AsyncServiceBrowser, AsyncServiceInfo, AsyncZeroconf
 
 from p2pcollab import limits
+from p2pcollab.daemon import streams
+from p2pcollab.daemon.addresses import PeerAddress
+from p2pcollab.daemon.calls import PREFIX
+from p2pcollab.daemon.discovery import SERVICE, Announcement, Discovery
 from p2pcollab.errors import NotAuthorisedError, PeerError
 from p2pcollab.keys import RunKeys
 from p2pcollab.records import BOARD_DEVICES

@@ -17,6 +17,11 @@ from typing import Any, TypeVar
 import numpy as np
 import psutil
 import pytest
+from PIL import Image
+
+from p2pcollab import limits
+from p2pcollab.assembly import load_model
+from p2pcollab.cost import evaluation_macs, training_macs
 from p2pcollab.daemon.frames import BrokenFrame, encode_frame, read_frame
 from p2pcollab.daemon.trainer import (
     Budget,
@@ -27,11 +32,6 @@ from p2pcollab.daemon.trainer import (
     TrainerSettings,
 )
 from p2pcollab.daemon.trainer_process import LeaseSteps, Request
-from PIL import Image
-
-from p2pcollab import limits
-from p2pcollab.assembly import load_model
-from p2pcollab.cost import evaluation_macs, training_macs
 from p2pcollab.errors import DataError, PeerError, StorageError
 from p2pcollab.keys import Identity
 from p2pcollab.ledger import Ledger, next_generation, successor_seen

@@ -14,13 +14,13 @@ from pathlib import Path
 import psutil
 import pytest
 from loopback import HELLO, LOOPBACK, Answers, Device, devices, fresh_keys, until
+
+from p2pcollab import limits
 from p2pcollab.daemon import transport as transport_module
 from p2pcollab.daemon.calls import Counters, RefusalError, UnreachableError
 from p2pcollab.daemon.p2pd import P2pdMark, end_stale_p2pd, make_socket_folder
 from p2pcollab.daemon.streams import Tickets
 from p2pcollab.daemon.transport import Transport
-
-from p2pcollab import limits
 from p2pcollab.errors import IncompatibleError, NotAuthorisedError, PeerError, UsageError
 from p2pcollab.keys import Identity, device_of_peer
 from p2pcollab.wire import Download, Fetch

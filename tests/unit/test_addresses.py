@@ -7,9 +7,9 @@ import itertools
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from p2pcollab.daemon.addresses import AddressBook, PeerAddress
 
 from p2pcollab import limits
+from p2pcollab.daemon.addresses import AddressBook, PeerAddress
 from p2pcollab.errors import PeerError, UsageError
 from p2pcollab.keys import Identity
 

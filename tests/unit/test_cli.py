@@ -18,11 +18,11 @@ import numpy as np
 import pytest
 import status_samples as samples
 from model_specs import model_spec
-from p2pcollab.cli.main import main
-from p2pcollab.daemon.options import DaemonOptions
 from PIL import Image
 from stub_daemon import StubDaemon
 
+from p2pcollab.cli.main import main
+from p2pcollab.daemon.options import DaemonOptions
 from p2pcollab.errors import IncompleteError, P2PCollabError
 from p2pcollab.run import JoinCode, RunSpec
 

@@ -6,12 +6,13 @@ import io
 
 import pytest
 import status_samples as samples
+from rich.console import Console, RenderableType
+
 from p2pcollab.cli import format as fmt
 from p2pcollab.cli.view_demo import demo_line, demo_summary, demo_view
 from p2pcollab.cli.view_live import live_view, log_line
 from p2pcollab.cli.view_model import assembly_page, evaluation_page, prediction_lines
 from p2pcollab.cli.view_status import peers_page, status_page
-from rich.console import Console, RenderableType
 
 WIDTHS = (60, 80, 120, 200)
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import pytest
+
 from p2pcollab.daemon import interfaces
 from p2pcollab.daemon.interfaces import Interface, choose_interface, list_interfaces
-
 from p2pcollab.errors import UsageError
 
 LOOPBACK = Interface(name="lo", address="127.0.0.1", prefix_bits=8)
