@@ -19,6 +19,7 @@ import psutil
 from ..errors import NotRunningError, P2PCollabError
 from .api_client import ApiClient
 from .launcher import Launched, launch
+from .p2pd import P2PD_MARK, end_stale_p2pd
 from .model_file import ModelFile
 
 _POLL_S = 0.1
@@ -132,6 +133,8 @@ class Fleet:
             device.ask_to_leave()
         for device in self.devices:
             device.leave()
+            # What a killed daemon leaves is cleared away by its next life. There is none.
+            end_stale_p2pd(device.state / P2PD_MARK)
 
     def add(self, name: str, state: Path, *, prefix: Sequence[str] = (), **options: Any) -> LocalDevice:
         """A device that is not started yet; `options` are `DaemonOptions` fields."""

@@ -26,7 +26,7 @@ Seen = dict[tuple[str, str], int]
 
 
 def digits_spec(name: str, epochs: float) -> RunSpec:
-    """A run on the digits: ten classes, ten tasks. Never the same run twice: others may test on this machine."""
+    """A run on the digits, ten classes in ten tasks; never the same twice: others may test here too."""
     return plan_run(
         f"{name}-{secrets.token_hex(4)}", inspect("digits", None), PlanOptions(epochs=epochs, seed=1)
     )

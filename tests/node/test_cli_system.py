@@ -1,4 +1,4 @@
-"""The `p2pcollab` command as a person runs it, with real daemons: what it prints, its exit codes, its manners."""
+"""The `p2pcollab` command as a person runs it, with real daemons: its output, its exit codes, its manners."""
 
 from __future__ import annotations
 

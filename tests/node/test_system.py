@@ -222,11 +222,14 @@ def test_a_daemon_outlives_its_trainer_and_its_p2pd_and_leaves_nothing_behind(tm
         first = runs.add_digits(fleet, "first", tmp_path, "1/2")
         second = runs.add_digits(fleet, "second", tmp_path, "2/2")
         code = runs.create(first, runs.digits_spec("parts", epochs=4))
+        # So that it does not complete the run alone.
+        runs.freeze_in_a_lease(first)
         second.start(mode="join", code=code)
         runs.training(second)
         before = runs.parts(second)
         second.kill("trainer")
         second.kill("p2pd")
+        first.processes()["trainer"].resume()
         runs.complete(first, second)
 
         after = runs.parts(second)
