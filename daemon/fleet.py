@@ -19,8 +19,8 @@ import psutil
 from ..errors import NotRunningError, P2PCollabError
 from .api_client import ApiClient
 from .launcher import Launched, launch
-from .p2pd import P2PD_MARK, end_stale_p2pd
 from .model_file import ModelFile
+from .p2pd import P2PD_MARK, end_stale_p2pd
 
 _POLL_S = 0.1
 
