@@ -215,8 +215,8 @@ def test_p2pd_that_is_killed_is_noticed_and_comes_back_as_the_same(tmp_path: Pat
             assert first.transport.address == address
             assert first.transport.p2pd_pid != pid
             assert not first.transport.died.is_set()
-            # The device that comes back calls first, as `Board.rebind` does: the other's p2pd may have dialled
-            # it by itself while it was down, and then refuses to dial it again for some seconds.
+            # The device that comes back calls first, as `Board.rebind` does: the other p2pd may have dialled
+            # it by itself while it was down, and then refuses to do so again for some seconds.
             await first.transport.connect(second.transport.address)
             assert (await first.transport.hello(second.transport.peer_id, HELLO)).spec
             await second.transport.connect(address)
