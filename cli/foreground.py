@@ -27,6 +27,11 @@ _TICK_S: Final = 0.05
 _EVENTS_SHOWN: Final = 20
 #: Without a terminal: how often a line says how far things are, when nothing happens.
 _LOG_EVERY_S: Final = 10.0
+#: Phases of a daemon that looks for its run, and those in which it may still find its own input wanting.
+_LOOKING: Final = ("discovering", "fetching-spec")
+_PREPARING: Final = (*_LOOKING, "starting", "joining", "loading", "measuring")
+_LOOKING_S: Final = 20.0
+_POLL_S: Final = 0.2
 _LEAVING: Final = "leaving: finishing this step, saying good-bye … (Ctrl-C again to force)"
 
 
@@ -184,6 +189,27 @@ def watch(client: ApiClient, screen: Screen) -> None:
                 interrupts.pause(screen.interval_s)
     finally:
         screen.close()
+
+
+def await_prepared(launched: Launched, client: ApiClient) -> None:
+    """Wait until a detached daemon takes part, so that its own bad input is told here and not in its log.
+
+    One that finds no device of the run goes on looking; that is not waited for longer than `_LOOKING_S`.
+
+    Raises:
+        P2PCollabError: why it ended instead.
+    """
+    deadline = time.monotonic() + _LOOKING_S
+    with Interrupts() as interrupts:
+        while not interrupts.count and launched.process.poll() is None:
+            phase = None
+            with suppress(P2PCollabError):
+                phase = client.status().get("phase")
+            if phase not in (None, *_PREPARING) or (phase in _LOOKING and time.monotonic() > deadline):
+                return
+            interrupts.pause(_POLL_S)
+    if launched.process.poll() is not None:
+        raise end_reason(launched)
 
 
 def attend(launched: Launched, client: ApiClient, screen: Screen) -> None:

@@ -288,7 +288,7 @@ def _take_part(
     """Start the daemon; stay with it unless it is detached."""
     from ..daemon.api_client import ApiClient
     from ..daemon.launcher import launch
-    from .foreground import attend, choose_screen
+    from .foreground import attend, await_prepared, choose_screen
 
     if not as_json:
         note("starting …")
@@ -297,6 +297,8 @@ def _take_part(
         say(announcement)
     started = {"pid": launched.pid, "port": launched.port, "state": str(part.state), "join_code": join_code}
     if not part.attached:
+        with ApiClient(part.state) as client:
+            await_prepared(launched, client)
         if as_json:
             print_json(started)
         else:

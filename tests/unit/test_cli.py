@@ -6,6 +6,7 @@ import json
 import os
 import pty
 import select
+import shutil
 import signal
 import subprocess
 import sys
@@ -458,6 +459,15 @@ def test_a_daemon_that_ends_with_an_error_gives_its_reason_and_exit_code(
     assert "error: no images; add some" in capsys.readouterr().err
 
 
+def test_a_detached_daemon_that_finds_its_input_wanting_says_so_here(
+    daemon: StubDaemon, launches: Callable[[str], Launches], capsys: pytest.CaptureFixture[str]
+) -> None:
+    launches(FAILING)
+    daemon.status["phase"] = "loading"
+    assert main(["join", "--code", CODE, "--detach"]) == 2
+    assert "error: no images; add some" in capsys.readouterr().err
+
+
 def test_a_daemon_that_is_killed_is_reported(
     daemon: StubDaemon, launches: Callable[[str], Launches], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -529,9 +539,10 @@ def test_join_without_a_code_resumes(launches: Callable[[str], Launches]) -> Non
 
 
 def test_paths_given_to_the_daemon_are_absolute(
-    launches: Callable[[str], Launches], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    daemon: StubDaemon, launches: Callable[[str], Launches], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     launched = launches(OBEDIENT)
+    shutil.copytree(daemon.folder, tmp_path / "s")  # where its API is
     (tmp_path / "pics").mkdir()
     monkeypatch.chdir(tmp_path)
     assert (
