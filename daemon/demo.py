@@ -274,7 +274,10 @@ def _kill(victim: LocalDevice, demo: _Demo, spec: RunSpec) -> dict[str, Any]:
 def _all_complete(demo: _Demo) -> bool:
     """Complete is what every living device says, not what one has heard."""
     living = [device for device in demo.fleet.devices if device.running]
-    return bool(living) and all(demo.last.get(d.name, {}).get("complete") for d in living)
+    if not living or not all(demo.last.get(d.name, {}).get("complete") for d in living):
+        return False
+    # The last contributions are on their way when the first device knows that the run is complete.
+    return len({demo.last[d.name]["ledger"]["digest"] for d in living}) == 1
 
 
 def _finishers(demo: _Demo, takeover: dict[str, Any]) -> dict[str, list[str]]:

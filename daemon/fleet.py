@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
@@ -145,6 +145,20 @@ class Fleet:
     def statuses(self) -> dict[str, dict[str, Any] | None]:
         """Status by device name."""
         return {device.name: device.status() for device in self.devices}
+
+
+def settled(devices: Iterable[LocalDevice]) -> bool:
+    """Whether all these devices say that the run is complete, and hold the same ledger.
+
+    The last contributions are on their way when the first device knows that the run is complete.
+    """
+    digests = set()
+    for device in devices:
+        status = device.status()
+        if status is None or not status["complete"]:
+            return False
+        digests.add(status["ledger"]["digest"])
+    return len(digests) == 1
 
 
 def wait_until(condition: Callable[[], bool], *, timeout_s: float, what: str) -> float:

@@ -16,7 +16,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from p2pcollab.daemon.fleet import Fleet, LocalDevice, wait_until
+from p2pcollab.daemon.fleet import Fleet, LocalDevice, settled, wait_until
 from p2pcollab.data import inspect
 from p2pcollab.planning import PlanOptions, plan_run
 
@@ -48,11 +48,6 @@ def lost(before: Seen, after: Seen) -> list[str]:
 def progress(device: LocalDevice) -> float:
     status = device.status()
     return float(status["progress"]) if status else 0.0
-
-
-def complete(device: LocalDevice) -> bool:
-    status = device.status()
-    return bool(status and status["complete"])
 
 
 def resumed(victim: LocalDevice, part: str, before: dict[str, int]) -> bool:
@@ -115,7 +110,7 @@ def one_run(part: str, epochs: float, seed: int) -> dict[str, Any]:
                     "lost_after_restart": lost(snapshot, seen(victim)),
                 }
             )
-        wait_until(lambda: all(map(complete, fleet.devices)), timeout_s=300, what="the run to complete")
+        wait_until(lambda: settled(fleet.devices), timeout_s=300, what="the run to complete")
         for kill, snapshot in zip(kills, snapshots, strict=True):
             kill["lost_at_end"] = [
                 entry for device in fleet.devices for entry in lost(snapshot, seen(device))

@@ -13,7 +13,7 @@ from PIL import Image
 
 from p2pcollab.assembly import load_model
 from p2pcollab.daemon.api_client import ApiClient
-from p2pcollab.daemon.fleet import Fleet, LocalDevice, wait_until
+from p2pcollab.daemon.fleet import Fleet, LocalDevice, settled, wait_until
 from p2pcollab.data import eval_batches, inspect, load
 from p2pcollab.planning import PlanOptions, plan_run
 from p2pcollab.run import STEM, JoinCode, RunSpec, ShardId
@@ -62,11 +62,9 @@ def eventually(condition: Callable[[], object], what: str) -> None:
 
 
 def complete(*devices: LocalDevice) -> None:
-    """Wait until the run is complete on all these devices."""
-    eventually(
-        lambda: all((device.status() or {}).get("complete") for device in devices),
-        f"the run to be complete on {', '.join(device.name for device in devices)}",
-    )
+    """Wait until the run is complete on all these devices, and they hold the same ledger."""
+    # The last contributions are on their way when the first device knows that the run is complete.
+    eventually(lambda: settled(devices), f"the run to be complete on {', '.join(d.name for d in devices)}")
 
 
 def training(device: LocalDevice) -> None:
