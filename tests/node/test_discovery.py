@@ -136,7 +136,7 @@ def test_a_device_that_leaves_says_so() -> None:
 
         watcher = AsyncZeroconf(interfaces=["127.0.0.1"], ip_version=IPVersion.V4Only)
         browser = AsyncServiceBrowser(watcher.zeroconf, SERVICE, handlers=[changed])
-        leaving = Discovery(LOOPBACK, peer)
+        leaving = Discovery(LOOPBACK, peer, prefix)
         await leaving.start(Announcement(run_prefix=prefix, name="pets", peer=peer, port=4001))
         finder = Discovery(LOOPBACK, Identity.create().peer_id, prefix)
         await finder.start()
