@@ -22,11 +22,11 @@ from hivemind.dht.node import DHTNode
 from hivemind.dht.routing import DHTID
 from hivemind.dht.storage import DictionaryDHTValue
 from hivemind.dht.validation import DHTRecord, RecordValidatorBase
-from hivemind.p2p import PeerID
+from hivemind.p2p import P2PDaemonError, PeerID
 from hivemind.utils import MSGPackSerializer, ValueWithExpiration
 
 from .. import limits
-from ..errors import P2PCollabError, PeerError
+from ..errors import P2PCollabError, PeerError, RunError
 from ..keys import Identity, RunKeys, device_of_peer
 from ..records import BOARD_DEVICES, DeviceRecord, open_record, seal_record
 from ..run import DeviceId, RunId
@@ -168,11 +168,18 @@ class Board:
         self._route, node.protocol.update_routing_table = node.protocol.update_routing_table, self._add_node
 
     async def rebind(self) -> None:
-        """Go on, with all that is known, on the p2pd that `Transport.restart` has started."""
+        """Go on, with all that is known, on the p2pd that `Transport.restart` has started.
+
+        Raises:
+            RunError: that p2pd has died as well.
+        """
         protocol = self._node.protocol
         self._node.p2p = protocol.p2p = self._transport.p2p
         if not self._observer:
-            await protocol.add_p2p_handlers(protocol.p2p)
+            try:
+                await protocol.add_p2p_handlers(protocol.p2p)
+            except (P2PDaemonError, OSError) as error:
+                raise RunError(f"p2pd ended at once: {error}") from error
         now = asyncio.get_running_loop().time()
         await self._reach({*self.neighbours, *self._transport.book.due(now)} - {self._transport.peer_id})
 

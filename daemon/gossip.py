@@ -8,6 +8,7 @@ train.
 from __future__ import annotations
 
 import asyncio
+from collections import deque
 from collections.abc import Iterable, Sequence
 from typing import Final
 
@@ -36,7 +37,7 @@ from ..wire import (
 )
 from .board import Board
 from .calls import RefusalError, UnreachableError
-from .session import Session
+from .session import Bell, Session
 
 log = structlog.get_logger()
 
@@ -47,6 +48,8 @@ _FETCHES_AT_ONCE: Final = 4
 _TRIES_PER_HOLDER: Final = 2
 #: Refused contributions that are remembered, so that each is told of once.
 _REFUSED_KEPT: Final = 4096
+#: Leases whose results wait to be pushed.
+_NEWS_MAX: Final = 16
 #: Pages of one exchange; what is more is left to the next round.
 _PAGES_MAX: Final = 32
 
@@ -59,6 +62,9 @@ class Gossip:
         self._board = board
         #: Peer id of each device that has shown one.
         self._peers: dict[DeviceId, str] = {}
+        #: What leases have made and nobody was told yet; what is dropped travels with the next round.
+        self._news: deque[tuple[Contribution, ...]] = deque(maxlen=_NEWS_MAX)
+        self._news_bell = Bell()
         #: Digests on their way here, and what tells that they came or did not.
         self.fetching: dict[str, anyio.Event] = {}
         #: Signatures of contributions that were refused, oldest first.
@@ -267,11 +273,24 @@ class Gossip:
             await self._session.transport.push(peer, Push(entries=page))
         return bool(new) or len(page) < len(lacking)
 
-    async def push_news(self, contributions: Sequence[Contribution]) -> None:
-        """Tell some devices at once what is new here, and what this device does now."""
-        entries = first_page(map(encode_contribution, contributions))
-        devices = self._session.coordinator.hints(self._session.clock())
-        await self._push_to(devices, Push(entries=entries, record=self._board.sealed))
+    def push_news(self, contributions: Sequence[Contribution]) -> None:
+        """Tell some devices soon what is new here, and what this device does now."""
+        self._news.append(tuple(contributions))
+        self._news_bell.ring()
+
+    async def spread_news(self) -> None:
+        """Push what `push_news` was given, for ever.
+
+        Beside the work, because a device that has just died answers nothing for seconds.
+        """
+        async with anyio.create_task_group() as tasks:
+            while True:
+                await self._news_bell.wait(ROUND_S)
+                while self._news:
+                    entries = first_page(map(encode_contribution, self._news.popleft()))
+                    devices = self._session.coordinator.hints(self._session.clock())
+                    push = Push(entries=entries, record=self._board.sealed)
+                    tasks.start_soon(self._push_to, devices, push)
 
     async def hand_over(self) -> None:
         """Wait until another device holds what only this one has made, for as long as there are others.

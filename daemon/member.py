@@ -132,6 +132,7 @@ class Member:
             self._beat,
             self.gossip.run,
             self.gossip.fetch_wanted,
+            self.gossip.spread_news,
             self._save_regularly,
             self._collect_garbage,
         ):

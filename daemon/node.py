@@ -33,7 +33,7 @@ from .options import DaemonOptions
 from .p2pd import P2PD_MARK, check_port_is_free, end_stale_p2pd
 from .store import RunStore, Store
 from .timings import Timings
-from .trainer import Budget, Trainer
+from .trainer import Budget, Trainer, TrainerDied
 
 if TYPE_CHECKING:
     # They import hivemind, which takes seconds: `_start_network` does that in a thread.
@@ -333,7 +333,8 @@ class Node:
     async def _guard_p2pd(self, transport: Transport) -> None:
         """Whoever outlives the daemon ends its p2pd: the trainer notices the daemon's death at once."""
         pid = transport.p2pd_pid
-        with contextlib.suppress(psutil.NoSuchProcess):
+        # A trainer that is dead itself is told when it is started again.
+        with contextlib.suppress(psutil.NoSuchProcess, TrainerDied):
             await self._trainer.guard(pid or 0, psutil.Process(pid).create_time())
 
     async def _watch_p2pd(self, transport: Transport) -> None:
@@ -349,6 +350,8 @@ class Node:
                     await self.member.relink()
                 failures = 0
             except P2PCollabError as error:
+                # Whichever step failed: a p2pd that the board does not use is as good as none.
+                transport.died.set()
                 delay = _P2PD_BACKOFF_S[min(failures, len(_P2PD_BACKOFF_S) - 1)]
                 failures += 1
                 self.events.add("p2pd-failed", f"p2pd did not start: {error}")

@@ -263,7 +263,7 @@ class Worker:
         )
         self._record_metrics(made)
         await self._publish()
-        await self._gossip.push_news(made)
+        self._gossip.push_news(made)
 
     def _record_metrics(self, made: list[Contribution]) -> None:
         session = self._session
