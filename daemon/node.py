@@ -13,7 +13,6 @@ from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 import anyio
-import psutil
 import structlog
 from anyio.abc import TaskGroup
 
@@ -32,8 +31,9 @@ from .model_file import ModelFile
 from .options import DaemonOptions
 from .p2pd import P2PD_MARK, check_port_is_free, end_stale_p2pd
 from .store import RunStore, Store
+from .supervision import P2pdKeeper
 from .timings import Timings
-from .trainer import Budget, Trainer, TrainerDied
+from .trainer import Budget, Trainer
 
 if TYPE_CHECKING:
     # They import hivemind, which takes seconds: `_start_network` does that in a thread.
@@ -45,7 +45,6 @@ log = structlog.get_logger()
 _NO_PEERS_AFTER_S: Final = 15.0
 #: A refusal may come from an impostor: an honest device has this long to answer.
 _REFUSED_AFTER_S: Final = 6.0
-_P2PD_BACKOFF_S: Final = (0.2, 1.0, 3.0, 10.0)
 
 Result = TypeVar("Result")
 
@@ -82,6 +81,7 @@ class Node:
         self.transport: Transport | None = None
         self.member: Member | None = None
         self._discovery: Discovery | None = None
+        self._keeper: P2pdKeeper | None = None
         self._run_known = anyio.Event()
         #: Another device of the run has answered as one.
         self._met = anyio.Event()
@@ -199,7 +199,8 @@ class Node:
         if self.run_store is not None:
             await self._join(self.run_store)
         tasks.start_soon(self._watch_discovery, tasks)
-        tasks.start_soon(self._watch_p2pd, transport)
+        assert self._keeper is not None
+        tasks.start_soon(self._keeper.run)
         if not self._visitor:
             tasks.start_soon(self._warn_when_alone)
         given = (PeerAddress.parse_option(text) for text in self.options.peers)
@@ -227,7 +228,8 @@ class Node:
             book=AddressBook(opening.saved_addresses(self.run_store)),
         )
         await self.transport.start()
-        await self._guard_p2pd(self.transport)
+        self._keeper = P2pdKeeper(self.transport, self._trainer, self.events, self._relink)
+        await self._keeper.guard()
         self._discovery = Discovery(self.interface, self.identity.peer_id, self.code.run_prefix)
         await self._discovery.start()
         self.timings.done("p2pd")
@@ -328,34 +330,9 @@ class Node:
         else:
             self.events.add("warning", text)
 
-    # p2pd
-
-    async def _guard_p2pd(self, transport: Transport) -> None:
-        """Whoever outlives the daemon ends its p2pd: the trainer notices the daemon's death at once."""
-        pid = transport.p2pd_pid
-        # A trainer that is dead itself is told when it is started again.
-        with contextlib.suppress(psutil.NoSuchProcess, TrainerDied):
-            await self._trainer.guard(pid or 0, psutil.Process(pid).create_time())
-
-    async def _watch_p2pd(self, transport: Transport) -> None:
-        """Start p2pd again whenever it dies."""
-        failures = 0
-        while True:
-            await transport.died.wait()
-            self.events.add("p2pd-died", "p2pd ended; it is started again")
-            try:
-                await transport.restart()
-                await self._guard_p2pd(transport)
-                if self.member is not None and self._run_known.is_set():
-                    await self.member.relink()
-                failures = 0
-            except P2PCollabError as error:
-                # Whichever step failed: a p2pd that the board does not use is as good as none.
-                transport.died.set()
-                delay = _P2PD_BACKOFF_S[min(failures, len(_P2PD_BACKOFF_S) - 1)]
-                failures += 1
-                self.events.add("p2pd-failed", f"p2pd did not start: {error}")
-                await anyio.sleep(delay)
+    async def _relink(self) -> None:
+        if self.member is not None and self._run_known.is_set():
+            await self.member.relink()
 
     def _keep_event(self, event: Event) -> None:
         log.info(event.kind, text=event.text)
