@@ -42,8 +42,8 @@ def demo(
         str | None,
         typer.Option(
             "--model",
-            metavar="alexnet|vgg11|vgg16|digits",
-            show_default="by the images' size",
+            metavar="alexnet|vgg11|vgg16|kws|digits",
+            show_default="by the data",
             help="Network family.",
         ),
     ] = None,

@@ -35,6 +35,8 @@ _PREDICT_EXAMPLES: Final = """[bold]Examples[/bold]
 p2pcollab predict --model pets.safetensors cat.jpg dog.png
 
 p2pcollab predict --model pets.safetensors --top 1 --json ./inbox
+
+p2pcollab predict --model words.safetensors clip.wav
 """
 
 Model = Annotated[
@@ -158,17 +160,19 @@ def evaluate(
     data: Annotated[
         str,
         typer.Option(
-            "--data", metavar="SOURCE", help="A folder of class folders, `torchvision:NAME`, or `digits`."
+            "--data",
+            metavar="SOURCE",
+            help="A folder of class folders, `speech-commands:DIR`, `torchvision:NAME`, or `digits`.",
         ),
     ],
     data_root: opt.DataRoot = None,
     download: opt.Download = False,
     everything: Annotated[
-        bool, typer.Option("--all", help="Use the training images too: for a folder held out as a whole.")
+        bool, typer.Option("--all", help="Use the training data too: for a folder held out as a whole.")
     ] = False,
     as_json: opt.Json = False,
 ) -> None:
-    """Test a model on labelled images: accuracy, in all and by class."""
+    """Test a model on labelled images or audio clips: accuracy, in all and by class."""
     source = opt.data_source(data)
     assert source is not None
     from ..assembly import load_model
@@ -179,14 +183,16 @@ def evaluate(
     loaded = load_model(model.expanduser())
     images = load(source, loaded.spec, opt.folder(data_root), download=download)
     dataset = _whole(images) if everything else images.test
+    noun = loaded.spec.input.noun
     if len(dataset) == 0:
-        raise DataError(f"{data} has no test images", "add some, or use --all for the training images")
+        raise DataError(f"{data} has no test {noun}s", f"add some, or use --all for the training {noun}s")
     scores_NC, labels_N = log_probabilities(loaded.model, eval_batches(dataset, loaded.spec))
     reports = class_reports(loaded.spec.classes, scores_NC.argmax(1).numpy(), labels_N.numpy())
     right = sum(report.right for report in reports)
     result = {
         "model": str(model),
         "data": data,
+        "noun": noun,
         "images": len(dataset),
         "accuracy": right / len(dataset),
         "coverage": loaded.coverage,
@@ -224,14 +230,17 @@ def _whole(images: LoadedData) -> ArrayDataset:
 
 
 def predict(
-    images: Annotated[list[Path], typer.Argument(metavar="IMAGE…", help="Image files, or folders of them.")],
+    images: Annotated[
+        list[Path],
+        typer.Argument(metavar="FILE…", help="Images, or audio clips if it is a model of these; or folders."),
+    ],
     model: Model,
     top: Annotated[
-        int, typer.Option("--top", min=1, metavar="N", help="How many classes to name per image.")
+        int, typer.Option("--top", min=1, metavar="N", help="How many classes to name per file.")
     ] = 3,
     as_json: opt.Json = False,
 ) -> None:
-    """Say what is on images. Exit code 1 when some could not be read; the others are still told."""
+    """Say what is on images or in clips. Exit code 1 if some cannot be read; the others are still told."""
     from ..assembly import load_model
     from ..data import ArrayDataset, eval_batches, load_images
     from ..models import probabilities

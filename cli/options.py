@@ -16,6 +16,7 @@ _DATA: Final = "Data"
 _TRAINING: Final = "What this device trains"
 _NETWORK: Final = "Network"
 _CODE_VARIABLE: Final = "P2PCOLLAB_CODE"
+_SPEECH: Final = "speech-commands:"
 
 State = Annotated[
     Path | None,
@@ -45,7 +46,8 @@ Data = Annotated[
         metavar="SOURCE",
         rich_help_panel=_DATA,
         show_default=False,
-        help="A folder with one folder of images per class, `torchvision:NAME`, or `digits`.",
+        help="A folder with one folder of images or audio clips per class, `speech-commands:DIR`, "
+        "`torchvision:NAME`, or `digits`.",
     ),
 ]
 DataRoot = Annotated[
@@ -79,7 +81,7 @@ Limit = Annotated[
         metavar="N",
         rich_help_panel=_DATA,
         show_default=False,
-        help="Use at most N training images, before they are divided.",
+        help="Use at most N training examples, before they are divided.",
     ),
 ]
 
@@ -213,11 +215,13 @@ def data_source(given: str | None) -> str | None:
     """
     if given is None or given == "digits" or given.startswith("torchvision:"):
         return given
-    path = Path(given).expanduser().absolute()
-    if not path.exists():
-        fix = "give a folder with one folder of images per class, `torchvision:NAME`, or `digits`"
-        raise UsageError(f"--data: there is no folder {given}", fix)
-    return str(path)
+    scheme = _SPEECH if given.startswith(_SPEECH) else ""
+    place = given[len(scheme) :]
+    path = Path(place).expanduser().absolute()
+    if not place or not path.exists():
+        fix = "give a folder with one folder of images or clips per class, `torchvision:NAME`, or `digits`"
+        raise UsageError(f"--data: there is no folder {place or given}", fix)
+    return f"{scheme}{path}"
 
 
 def folder(given: Path | None) -> Path | None:

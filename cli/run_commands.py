@@ -24,6 +24,8 @@ p2pcollab new pets --data ./photos
 
 p2pcollab new digits --data digits --share 1/3 --expect-samples 1437
 
+p2pcollab new words --data ./recordings                    (WAV files in a folder for each word)
+
 p2pcollab new cifar --data torchvision:cifar10 --download --model vgg11 --epochs 30 --detach
 """
 _JOIN_EXAMPLES: Final = """[bold]Examples[/bold]
@@ -54,9 +56,9 @@ def new(
         str,
         typer.Option(
             "--model",
-            metavar="alexnet|vgg11|vgg16|digits|auto",
+            metavar="alexnet|vgg11|vgg16|kws|digits|auto",
             rich_help_panel=_RUN,
-            help="Network family; `auto` goes by the size of the images.",
+            help="Network family; `auto` goes by the data.",
         ),
     ] = "auto",
     epochs: Annotated[
@@ -274,12 +276,19 @@ def _announcement(spec: RunSpec, code: str) -> str:
 
     return (
         f"Run {spec.name!r}: {fmt.plural(len(spec.classes), 'class', 'classes')} in "
-        f"{fmt.plural(len(spec.tasks), 'task')} · {spec.model.family} on "
-        f"{spec.input.height}x{spec.input.width} images · "
+        f"{fmt.plural(len(spec.tasks), 'task')} · {spec.model.family} on {_examples(spec)} · "
         f"{fmt.count(spec.schedule.budget_samples)} samples per task\n\n"
         f"Join code (who has it can read and change the run):\n\n    {code}\n\n"
         f"On the next device:\n\n    p2pcollab join --code {code} --data FOLDER\n"
     )
+
+
+def _examples(spec: RunSpec) -> str:
+    """What the run's examples are brought to."""
+    audio = spec.input.audio
+    if audio is None:
+        return f"{spec.input.height}x{spec.input.width} images"
+    return f"clips of {audio.clip_ms / 1000:g} s"
 
 
 def _take_part(

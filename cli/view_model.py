@@ -53,7 +53,7 @@ def evaluation_page(result: Facts, *, width: int) -> Group:
     """Accuracy in all, then by class."""
     table = Table(box=None, padding=(0, 1), pad_edge=False, header_style="dim")
     table.add_column("class", max_width=20 if width < 100 else 40, no_wrap=True, overflow="ellipsis")
-    table.add_column("images", justify="right")
+    table.add_column(f"{result['noun']}s", justify="right")
     table.add_column("right", justify="right")
     table.add_column("", width=16)
     table.add_column("accuracy", justify="right")
@@ -69,8 +69,9 @@ def evaluation_page(result: Facts, *, width: int) -> Group:
             f"{row['accuracy'] * 100:.1f}%" if known else "-",
             Text(confusion, style="dim"),
         )
-    images = fmt.plural(result["images"], "image")
-    head: list[RenderableType] = [Text(f"accuracy {result['accuracy'] * 100:.2f}% on {images}", style="bold")]
+    examples = fmt.plural(result["images"], result["noun"])
+    accuracy = f"accuracy {result['accuracy'] * 100:.2f}% on {examples}"
+    head: list[RenderableType] = [Text(accuracy, style="bold")]
     if result["missing"]:
         absent = (
             f"the model lacks {fmt.plural(len(result['missing']), 'task')}: {fmt.names(result['missing'], 8)}"
@@ -81,7 +82,7 @@ def evaluation_page(result: Facts, *, width: int) -> Group:
 
 
 def prediction_lines(predictions: Sequence[Facts]) -> Iterator[str]:
-    """One line per image: its name, then the classes with their probabilities, the likeliest first."""
+    """One line per file: its name, then the classes with their probabilities, the likeliest first."""
     longest = max((len(fmt.plain(one["image"])) for one in predictions), default=0)
     for one in predictions:
         classes = "  ".join(

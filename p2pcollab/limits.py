@@ -47,6 +47,21 @@ NONCES_MAX: Final = 65_536
 CLOCK_SKEW_S_MAX: Final = 300.0
 #: Need: a phone's photograph. Stops: decompression bombs in a data folder.
 IMAGE_PIXELS_MAX: Final = 64_000_000
+#: Need: a word with some silence around it. Stops: an hour's recording of which the middle second is taken
+#: for an example, and whose compressed form is decoded up to there.
+CLIP_S_MAX: Final = 60
+#: Need: a minute of eight channels at 192 kHz in 32 bits; ten minutes of background noise.
+AUDIO_FILE_BYTES_MAX: Final = 512 * MIB
+#: Sample rates and channels from telephones to studios. A clip of 10 s is 60 MiB at worst, in each thread.
+AUDIO_RATE_HZ_MIN: Final = 4_000
+AUDIO_RATE_HZ_MAX: Final = 192_000
+AUDIO_CHANNELS_MAX: Final = 8
+#: Need: the lists of Speech Commands name 11,005 clips in 300 KB.
+SPLIT_LIST_BYTES_MAX: Final = 16 * MIB
+#: Need: backgrounds that differ. Each is as large as a clip, usually 4 KB.
+NOISE_CLIPS_MAX: Final = 256
+#: Need: the spectrograms of all of Speech Commands, 105,829 of 4,000 bytes, for more runs than one.
+FEATURE_CACHE_BYTES_MAX: Final = 2 * 1024 * MIB
 #: A batch of images in `predict`.
 PREDICT_IMAGES_MAX: Final = 10_000
 #: Events kept on disk and in memory. Need: what happened over night. Worst case: 10,000 rows of 1 KiB.

@@ -37,13 +37,13 @@ _IMAGE_SIZE: Final = re.compile(r"([0-9]{1,4})(?:[xX]([0-9]{1,4}))?")
 class PlanOptions:
     """What a person may wish for; None leaves the choice to the plan."""
 
-    #: Network family; None goes by the size of the images.
+    #: Network family; None goes by the data: clips or images, and the images' size.
     family: str | None = None
     #: How often each shard sees all the data.
     epochs: float | None = None
     #: Training samples of all devices together; None: as many as this source has.
     expected_samples: int | None = None
-    #: Height and width.
+    #: Height and width of images.
     image_size: tuple[int, int] | None = None
     classes_per_task: int | None = None
     seed: int = 0
@@ -109,6 +109,8 @@ def _input(info: SourceInfo, size: tuple[int, int] | None) -> InputSpec:
     default = default_input(info)
     if size is None:
         return default
+    if default.audio is not None:
+        raise UsageError("--image-size is for images, and these are audio clips", "leave it out")
     height, width = size
     if not (4 <= height <= 1024 and 4 <= width <= 1024):
         raise UsageError(f"an image size of {height}x{width} is out of range", "use sides from 4 to 1024")
@@ -116,6 +118,8 @@ def _input(info: SourceInfo, size: tuple[int, int] | None) -> InputSpec:
 
 
 def _suitable_family(images: InputSpec) -> str:
+    if images.audio is not None:
+        return "kws"
     return "digits" if max(images.height, images.width) <= _SMALL_SIDE_MAX else "alexnet"
 
 

@@ -28,6 +28,10 @@ ShardId = NewType("ShardId", str)
 
 STEM: Final = ShardId("stem")
 
+#: Where a spectrogram begins, and where the mel scale turns from linear to logarithmic.
+LOWEST_HZ: Final = 20.0
+MEL_CORNER_HZ: Final = 700.0
+
 Name = Annotated[
     str, StringConstraints(min_length=1, max_length=limits.NAME_CHARS_MAX, pattern=r"^[^\x00-\x1f\x7f]+$")
 ]
@@ -58,6 +62,51 @@ class ModelSpec(Frozen):
     branch_width: Annotated[float, Field(gt=0.0, le=1.0)]
 
 
+class AudioSpec(Frozen):
+    """How a clip becomes an example: its log-mel spectrogram, one byte per band and frame."""
+
+    #: Whole samples per millisecond, so that a frame is the same number of samples on every device.
+    sample_rate_hz: Annotated[int, Field(ge=8000, le=48_000, multiple_of=1000)] = 16_000
+    clip_ms: Annotated[int, Field(ge=100, le=10_000)] = 1000
+    #: From one frame to the next, and the length of each.
+    hop_ms: Annotated[int, Field(ge=5, le=100)] = 10
+    window_ms: Annotated[int, Field(ge=10, le=200)] = 25
+    bands: Annotated[int, Field(ge=8, le=128)] = 40
+    #: The energies that become 0 and 255. A sine at full scale has about 34 dB.
+    floor_db: Annotated[float, Field(ge=-200.0, le=0.0)] = -60.0
+    top_db: Annotated[float, Field(ge=20.0, le=200.0)] = 40.0
+
+    @model_validator(mode="after")
+    def _consistent(self) -> AudioSpec:
+        if self.clip_ms % self.hop_ms:
+            raise ValueError("a clip needs a whole number of frames")
+        if self.window_ms < self.hop_ms:
+            raise ValueError("frames leave gaps between them")
+        # The lowest band is the narrowest, and at least as wide as one frequency of the transform. Without
+        # one, the library that computes the bands gives up.
+        nyquist = self.sample_rate_hz / 2
+        ratio = (MEL_CORNER_HZ + nyquist) / (MEL_CORNER_HZ + LOWEST_HZ)
+        narrowest = (MEL_CORNER_HZ + LOWEST_HZ) * (ratio ** (2 / (self.bands + 1)) - 1)
+        if narrowest * self.window_ms < 1000:
+            raise ValueError(f"{self.bands} bands are too many for windows of {self.window_ms} ms")
+        return self
+
+    @property
+    def frames(self) -> int:
+        """Columns of the spectrogram."""
+        return self.clip_ms // self.hop_ms
+
+    @property
+    def clip_samples(self) -> int:
+        """Samples of a clip at `sample_rate_hz`."""
+        return self.clip_ms * (self.sample_rate_hz // 1000)
+
+    @property
+    def db_per_level(self) -> float:
+        """Decibels from one value of the spectrogram to the next."""
+        return (self.top_db - self.floor_db) / 255
+
+
 class InputSpec(Frozen):
     """Shape, normalisation and augmentation of an example."""
 
@@ -67,14 +116,33 @@ class InputSpec(Frozen):
     #: Per channel, of pixel values in 0..1.
     mean: tuple[float, ...]
     std: tuple[Annotated[float, Field(gt=1e-4)], ...]
-    #: `shift`: random translation; `crop-flip`: random translation and horizontal flip, for natural images.
-    augment: Literal["none", "shift", "crop-flip"]
+    #: `shift`: random translation; `crop-flip`: random translation and horizontal flip, for natural images;
+    #: `speech`: random shift in time and background noise.
+    augment: Literal["none", "shift", "crop-flip", "speech"]
+    #: Examples are clips, seen as pictures of their spectrum; None: images.
+    audio: AudioSpec | None = None
 
     @model_validator(mode="after")
     def _per_channel(self) -> InputSpec:
         if len(self.mean) != self.channels or len(self.std) != self.channels:
             raise ValueError("mean and std need one value per channel")
         return self
+
+    @model_validator(mode="after")
+    def _of_one_kind(self) -> InputSpec:
+        if self.audio is None:
+            if self.augment == "speech":
+                raise ValueError("images cannot be augmented like speech")
+        elif (self.channels, self.height, self.width) != (1, self.audio.bands, self.audio.frames):
+            raise ValueError(f"the clips' spectra are 1x{self.audio.bands}x{self.audio.frames}")
+        elif self.augment not in ("none", "speech"):
+            raise ValueError("clips are augmented like speech or not at all")
+        return self
+
+    @property
+    def noun(self) -> str:
+        """What an example is called in messages."""
+        return "image" if self.audio is None else "clip"
 
 
 class Schedule(Frozen):
@@ -125,9 +193,12 @@ class RunSpec(Frozen):
         return self
 
     def encode(self) -> bytes:
-        """Canonical bytes: JSON with sorted keys and no white space, UTF-8."""
+        """Canonical bytes: JSON with sorted keys and no white space, UTF-8; what is None is left out."""
         return json.dumps(
-            self.model_dump(mode="json"), sort_keys=True, separators=(",", ":"), ensure_ascii=False
+            self.model_dump(mode="json", exclude_none=True),
+            sort_keys=True,
+            separators=(",", ":"),
+            ensure_ascii=False,
         ).encode()
 
     @classmethod

@@ -1,8 +1,8 @@
 """Data sets as arrays: class folders, torchvision sets, the bundled digits, and how they are divided.
 
-`sources` finds and loads, `partition` divides, `images` reads files for prediction, `batches` feeds training.
-The last is the only one that imports torch, so it is imported when it is asked for. The functions `batches`
-and `partition` have the names of their modules and come from there.
+`sources` finds and loads, `partition` divides, `examples` reads files for prediction, `batches` feeds
+training. The last is the only one that imports torch, so it is imported when it is asked for. The functions
+`batches` and `partition` have the names of their modules and come from there.
 """
 
 from __future__ import annotations
@@ -10,9 +10,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from .arrays import ArrayDataset, LoadedData
-from .images import LoadedImages, load_images
+from .examples import LoadedImages, load_images
+from .naming import Source, SourceInfo, parse_source
 from .partition import Share
-from .sources import Source, SourceInfo, default_input, default_root, inspect, load, parse_source
+from .sources import default_input, default_root, inspect, load
 
 if TYPE_CHECKING:
     from .batches import eval_batches

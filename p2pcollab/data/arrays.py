@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -15,10 +15,12 @@ class ArrayDataset:
     Fields:
         images: uint8 [N, C, H, W], of the run's input shape.
         labels: int64 [N], indices into the run's classes.
+        noise: uint8 [M, C, H, W], backgrounds for the augmentation of clips; None: there are none.
     """
 
     images: npt.NDArray[np.uint8]
     labels: npt.NDArray[np.int64]
+    noise: npt.NDArray[np.uint8] | None = None
 
     def __post_init__(self) -> None:
         assert self.images.dtype == np.uint8 and self.images.ndim == 4, "images must be uint8 [N, C, H, W]"
@@ -29,7 +31,7 @@ class ArrayDataset:
 
     def subset(self, indices: npt.NDArray[np.intp] | npt.NDArray[np.int64]) -> ArrayDataset:
         """The samples at `indices`, in that order."""
-        return ArrayDataset(images=self.images[indices], labels=self.labels[indices])
+        return replace(self, images=self.images[indices], labels=self.labels[indices])
 
     def where(self, kept: npt.NDArray[np.bool_]) -> ArrayDataset:
         """The samples at which `kept`, bool [N], is true; this very data set if that is all of them."""

@@ -11,17 +11,15 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 import torch
-from numpy.lib.stride_tricks import sliding_window_view
 
 from ..errors import DataError
 from ..run import InputSpec, RunSpec
 from .arrays import ArrayDataset
+from .augment import Augmentation
 
 Pixels = npt.NDArray[np.uint8]
 Batch = tuple[torch.Tensor, torch.Tensor]
 
-#: Images are moved by up to this fraction of their size.
-_SHIFT_FRACTION: Final = 8
 #: Batch normalisation has no variance to work with in a batch of 1.
 _BATCH_MIN: Final = 2
 
@@ -50,18 +48,15 @@ def _batches(dataset: ArrayDataset, spec: RunSpec, seed: int, samples: int, augm
     generator = np.random.default_rng(seed)
     size = max(_BATCH_MIN, min(spec.schedule.batch_size, len(dataset)))
     normalise = _Normaliser(spec.input)
-    kind = spec.input.augment if augment else "none"
+    augmentation = Augmentation(spec.input, dataset.noise, generator) if augment else None
     queue = np.empty(0, dtype=np.int64)
     for _ in range(-(-samples // size)):
         while len(queue) < size:
             queue = np.concatenate([queue, generator.permutation(len(dataset))])
         chosen, queue = queue[:size], queue[size:]
         images = dataset.images[chosen]
-        if kind != "none":
-            images = _shifted(images, generator)
-        if kind == "crop-flip":
-            mirrored = generator.random(size) < 0.5
-            images[mirrored] = images[mirrored][..., ::-1]
+        if augmentation is not None:
+            images = augmentation(images)
         yield normalise(images), torch.from_numpy(dataset.labels[chosen])
 
 
@@ -87,17 +82,3 @@ class _Normaliser:
 
     def __call__(self, images: Pixels) -> torch.Tensor:
         return torch.from_numpy(images).to(torch.float32).sub_(self._mean).mul_(self._scale)
-
-
-def _shifted(images: Pixels, generator: np.random.Generator) -> Pixels:
-    """Each image moved by its own random distance; what comes in at the border is the image reflected."""
-    size, _, height, width = images.shape
-    reach_y, reach_x = height // _SHIFT_FRACTION, width // _SHIFT_FRACTION
-    if reach_y == 0 and reach_x == 0:
-        return images
-    padded = np.pad(images, ((0, 0), (0, 0), (reach_y, reach_y), (reach_x, reach_x)), mode="reflect")
-    # One window per possible distance, as views: picking one for each image copies rows, not single pixels.
-    windows = sliding_window_view(padded, (height, width), axis=(2, 3))
-    down = generator.integers(0, 2 * reach_y + 1, size)
-    right = generator.integers(0, 2 * reach_x + 1, size)
-    return windows[np.arange(size), :, down, right]

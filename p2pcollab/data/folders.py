@@ -1,4 +1,4 @@
-"""Class folders: finding the images, their classes and their split in a folder on disk. Decodes nothing."""
+"""Class folders: finding the examples, their classes and their split in a folder on disk. Decodes nothing."""
 
 from __future__ import annotations
 
@@ -6,12 +6,13 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Final, NamedTuple
+from typing import Final
 
 import numpy as np
 
 from ..errors import DataError
-from .images import SUFFIXES, supported_formats
+from . import audio, images, speech
+from .listing import ClassFiles, DataFile, FolderListing, Kind
 from .partition import split_by_name
 from .words import counted, listed, shown
 
@@ -20,34 +21,22 @@ _LITTER: Final = frozenset({"thumbs.db", "desktop.ini", "__macosx", "labels.csv"
 _TRAIN_NAMES: Final = ("train", "training")
 _TEST_NAMES: Final = ("test", "testing", "val", "valid", "validation")
 _ARCHIVES: Final = frozenset({".zip", ".tar", ".gz", ".tgz", ".7z", ".rar", ".bz2", ".xz"})
-_FIX: Final = "give a folder with one sub-folder of images per class, such as photos/cat and photos/dog"
+_FIX: Final = (
+    "give a folder with one sub-folder of images or audio clips per class, such as photos/cat and photos/dog"
+)
+_SUFFIXES: Final[Mapping[Kind, frozenset[str]]] = {"image": images.SUFFIXES, "clip": audio.SUFFIXES}
 
 
-class ImageFile(NamedTuple):
-    """An image file: its path, and its name relative to the folder of its class, with forward slashes."""
+def scan(root: Path, kind: Kind | None = None) -> FolderListing:
+    """List a data folder, split into training and test.
 
-    name: str
-    path: Path
+    By its sub-folders; else, of clips, by the lists or the speakers of Speech Commands; else by file name.
 
-
-ClassFiles = Mapping[str, tuple[ImageFile, ...]]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class FolderListing:
-    """What a data folder holds. Classes and their files are sorted by name; empty classes are left out."""
-
-    root: Path
-    train: ClassFiles
-    test: ClassFiles
-    notes: tuple[str, ...]
-
-
-def scan(root: Path) -> FolderListing:
-    """List a data folder, split into training and test by its sub-folders or else by file name.
+    Args:
+        kind: what to look for; None: what there is more of.
 
     Raises:
-        DataError: there is no such folder, or no class folder with an image in it.
+        DataError: there is no such folder, or no class folder with an example in it.
     """
     _check_root(root)
     walk = _Walk(root)
@@ -56,14 +45,26 @@ def scan(root: Path) -> FolderListing:
     train_root, test_root, notes = _split_folders(root)
     for folder in filter(None, (train_root, test_root)):
         walk.enter(folder)
-    found = _class_files(train_root, walk)
-    _check_images(found, train_root, walk)
-    if test_root is None:
-        train, test = _held_out(found)
-        notes.append(f"{shown(root)} has no test folder: one image in five of each class is held out")
+    listed_files = _class_files(train_root, walk)
+    kind = kind or _majority(listed_files)
+    found, background = _of_kind(listed_files, kind, train_root, walk)
+    _check_found(found, kind, train_root, walk)
+    if test_root is not None:
+        train, (test, _) = found, _of_kind(_class_files(test_root, walk), kind, test_root, walk)
+    elif kind == "clip" and (parts := speech.divided(train_root, found)):
+        train, test, more = parts
+        notes += more
     else:
-        train, test = found, _class_files(test_root, walk)
-    return FolderListing(root=root, train=train, test=test, notes=(*notes, *walk.notes()))
+        train, test = _held_out(found)
+        notes.append(f"{shown(root)} has no test folder: one {kind} in five of each class is held out")
+    return FolderListing(
+        root=root,
+        kind=kind,
+        train=train,
+        test=test,
+        background=background,
+        notes=(*notes, *walk.notes(kind)),
+    )
 
 
 @dataclass(slots=True)
@@ -84,9 +85,9 @@ class _Walk:
         self.seen.add(key)
         return new
 
-    def images(self, folder: Path, prefix: str = "") -> list[ImageFile]:
-        """The image files in a folder and in its sub-folders, unsorted."""
-        found: list[ImageFile] = []
+    def files(self, folder: Path, prefix: str = "") -> list[DataFile]:
+        """The images and clips in a folder and in its sub-folders, unsorted."""
+        found: list[DataFile] = []
         try:
             entries = list(os.scandir(folder))
         except OSError:
@@ -99,20 +100,20 @@ class _Walk:
             try:
                 if entry.is_dir():
                     if self.enter(path):
-                        found += self.images(path, f"{prefix}{entry.name}/")
-                elif entry.is_file() and path.suffix.lower() in SUFFIXES:
-                    found.append(ImageFile(prefix + entry.name, path))
+                        found += self.files(path, f"{prefix}{entry.name}/")
+                elif entry.is_file() and _kind_of(path) is not None:
+                    found.append(DataFile(prefix + entry.name, path))
                 else:
                     self.pass_over(path)
             except OSError:  # a link that leads to itself, or a folder that may not be entered
                 self.pass_over(path)
         return found
 
-    def notes(self) -> list[str]:
+    def notes(self, kind: Kind) -> list[str]:
         """What a person should know about the tree."""
-        notes = [f"class folder '{name}' holds no image" for name in self.empty[:10]]
+        notes = [f"class folder '{name}' holds no {kind}" for name in self.empty[:10]]
         if len(self.empty) > 10:
-            notes.append(f"{len(self.empty) - 10} more class folders hold no image")
+            notes.append(f"{len(self.empty) - 10} more class folders hold no {kind}")
         if self.odd:
             hint = ""
             if any(name.lower().endswith((".heic", ".heif", ".avif")) for name in self.odd):
@@ -124,7 +125,7 @@ class _Walk:
         return notes
 
     def pass_over(self, path: Path) -> None:
-        """Count something that is not an image."""
+        """Count something that is not an example."""
         self.odd.append(shown(path.relative_to(self.root)))
 
 
@@ -146,15 +147,13 @@ def _split_folders(root: Path) -> tuple[Path, Path | None, list[str]]:
     test = next((name for name in _TEST_NAMES if name in with_classes), None)
     only_split_names = inside.keys() <= {*_TRAIN_NAMES, *_TEST_NAMES}
     if inside and only_split_names and train is None:
-        raise DataError(
-            f"{shown(root)} has no class folders with training images, only {sorted(inside)}", _FIX
-        )
+        raise DataError(f"{shown(root)} has no class folders with training data, only {sorted(inside)}", _FIX)
     if train is None or not (test or only_split_names):
         return root, None, []
     used = [inside[name] for name in (train, test) if name]
-    notes = [f"training images from {shown(used[0])}"]
+    notes = [f"training data from {shown(used[0])}"]
     if test:
-        notes = [f"training images from {shown(used[0])}, test images from {shown(used[1])}"]
+        notes = [f"training data from {shown(used[0])}, test data from {shown(used[1])}"]
     unused = [repr(shown(folder.name)) for folder in inside.values() if folder not in used]
     if unused:
         notes.append(f"not used in {shown(root)}: {listed(sorted(unused))}")
@@ -162,7 +161,7 @@ def _split_folders(root: Path) -> tuple[Path, Path | None, list[str]]:
 
 
 def _class_files(root: Path, walk: _Walk) -> ClassFiles:
-    """Class -> its images, both sorted by name."""
+    """Class -> its images and clips, both sorted by name; of some classes there may be none."""
     # All class folders are entered first: a link from one into another must not lend it the other's images.
     folders = []
     for folder in _folders(root):
@@ -170,33 +169,51 @@ def _class_files(root: Path, walk: _Walk) -> ClassFiles:
             folders.append(folder)
         else:
             walk.pass_over(folder)
-    found: dict[str, tuple[ImageFile, ...]] = {}
-    for folder in folders:
-        files = walk.images(folder)
-        if files:
-            found[folder.name] = tuple(sorted(files))
+    return {folder.name: tuple(sorted(walk.files(folder))) for folder in folders}
+
+
+def _majority(found: ClassFiles) -> Kind:
+    """What there is more of in class folders."""
+    kinds = [_kind_of(file.path) for files in found.values() for file in files]
+    return "clip" if kinds.count("clip") > kinds.count("image") else "image"
+
+
+def _of_kind(
+    found: ClassFiles, kind: Kind, root: Path, walk: _Walk
+) -> tuple[ClassFiles, tuple[DataFile, ...]]:
+    """Classes with their files of one kind, and the background recordings, which are no class."""
+    wanted: dict[str, tuple[DataFile, ...]] = {}
+    for name, files in found.items():
+        kept = tuple(file for file in files if _kind_of(file.path) == kind)
+        if kept:
+            wanted[name] = kept
         else:
-            walk.empty.append(shown(folder.relative_to(walk.root)))
-    return found
+            walk.empty.append(shown((root / name).relative_to(walk.root)))
+        for file in files:
+            if _kind_of(file.path) != kind:
+                walk.pass_over(file.path)
+    background = wanted.pop(speech.BACKGROUND, ()) if kind == "clip" else ()
+    return wanted, background
 
 
-def _check_images(found: ClassFiles, root: Path, walk: _Walk) -> None:
+def _check_found(found: ClassFiles, kind: Kind, root: Path, walk: _Walk) -> None:
     if found:
         return
     if _folders(root):
-        what = f"no class folder in {shown(root)} holds an image ({'; '.join(walk.notes())})"
-        raise DataError(what, f"use {supported_formats()}")
-    loose = sum(1 for entry in os.scandir(root) if Path(entry.name).suffix.lower() in SUFFIXES)
-    holds = (
-        f"holds {counted(loose, 'image')}, but" if loose else "has" if any(root.iterdir()) else "is empty:"
-    )
-    raise DataError(f"{shown(root)} {holds} no class folders", _FIX)
+        what = f"no class folder in {shown(root)} holds {_with_article(kind)} ({'; '.join(walk.notes(kind))})"
+        formats = images.supported_formats() if kind == "image" else audio.supported_formats()
+        raise DataError(what, f"use {formats}")
+    loose = [_kind_of(Path(entry.name)) for entry in os.scandir(root)]
+    kinds: tuple[Kind, ...] = ("image", "clip")
+    holds = [counted(loose.count(one), one) for one in kinds if one in loose]
+    what = f"holds {' and '.join(holds)}, but" if holds else "has" if any(root.iterdir()) else "is empty:"
+    raise DataError(f"{shown(root)} {what} no class folders", _FIX)
 
 
 def _held_out(found: ClassFiles) -> tuple[ClassFiles, ClassFiles]:
     """Divide each class into training and test by file name."""
-    train: dict[str, tuple[ImageFile, ...]] = {}
-    test: dict[str, tuple[ImageFile, ...]] = {}
+    train: dict[str, tuple[DataFile, ...]] = {}
+    test: dict[str, tuple[DataFile, ...]] = {}
     for name, files in found.items():
         kept, held = split_by_name(np.zeros(len(files), np.int64), [file.name for file in files])
         train[name] = tuple(files[index] for index in kept)
@@ -222,3 +239,13 @@ def _is_folder(entry: os.DirEntry[str]) -> bool:
 
 def _is_litter(name: str) -> bool:
     return name.startswith(".") or name.lower() in _LITTER
+
+
+def _kind_of(path: Path) -> Kind | None:
+    """What a file seems to be, by its name."""
+    suffix = path.suffix.lower()
+    return next((kind for kind, suffixes in _SUFFIXES.items() if suffix in suffixes), None)
+
+
+def _with_article(kind: Kind) -> str:
+    return "an image" if kind == "image" else "a clip"

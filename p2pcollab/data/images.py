@@ -7,11 +7,8 @@ Files are taken as they come from phones, scanners and the web: EXIF orientation
 from __future__ import annotations
 
 import contextlib
-import os
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
@@ -20,9 +17,9 @@ import numpy.typing as npt
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from .. import limits
-from ..errors import DataError, UsageError
-from ..run import InputSpec, RunSpec
-from .words import counted, listed, shown
+from ..errors import DataError
+from ..run import InputSpec
+from .pool import for_each
 
 Pixels = npt.NDArray[np.uint8]
 
@@ -32,54 +29,9 @@ SUFFIXES: Final = frozenset(
 #: What Pillow may try, whatever the file is called: its EPS reader, for one, runs another program.
 FORMATS: Final = ("JPEG", "PNG", "BMP", "WEBP", "GIF", "TIFF", "PPM")
 
-_THREADS_MAX: Final = 8
-#: Enough per job that the pool's own cost does not count against files of 100 microseconds.
-_FILES_PER_JOB: Final = 32
-
 
 class UnreadableImageError(Exception):
     """One file is not a usable image. Its text is the reason, a few words; never leaves `data/`."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class LoadedImages:
-    """Images for prediction.
-
-    Fields:
-        images: uint8 [N, C, H, W].
-        paths: the file of each image; unreadable ones are left out.
-        notes: what was left out, named and counted.
-    """
-
-    images: Pixels
-    paths: tuple[Path, ...]
-    notes: tuple[str, ...] = ()
-
-
-def load_images(paths: Sequence[Path], spec: RunSpec) -> LoadedImages:
-    """Read images for prediction; a folder stands for the images directly in it, in the order of names.
-
-    Raises:
-        DataError: a path does not exist, a folder holds no image, or nothing can be read.
-        UsageError: too many images at once.
-    """
-    files = [file for path in paths for file in _expanded(path)]
-    if not files:
-        raise DataError("no image was given", "name image files, or a folder of images")
-    if len(files) > limits.PREDICT_IMAGES_MAX:
-        raise UsageError(
-            f"{len(files)} images are more than {limits.PREDICT_IMAGES_MAX}", "predict them in several calls"
-        )
-    images, failures = decode_all(files, spec.input)
-    if len(failures) == len(files):
-        raise DataError(
-            f"no image can be read: {listed(_reasons(files, failures))}", f"use {supported_formats()}"
-        )
-    kept = [index for index in range(len(files)) if index not in failures]
-    notes = unreadable_note(_reasons(files, failures))
-    return LoadedImages(
-        images=images[kept] if failures else images, paths=tuple(files[index] for index in kept), notes=notes
-    )
 
 
 def decode_all(paths: Sequence[Path], spec: InputSpec) -> tuple[Pixels, Mapping[int, str]]:
@@ -92,17 +44,14 @@ def decode_all(paths: Sequence[Path], spec: InputSpec) -> tuple[Pixels, Mapping[
     images = np.empty((len(paths), spec.channels, spec.height, spec.width), dtype=np.uint8)
     failures: dict[int, str] = {}
 
-    def job(start: int) -> None:
-        for index in range(start, min(start + _FILES_PER_JOB, len(paths))):
-            try:
-                images[index] = decode(paths[index], spec)
-            except UnreadableImageError as error:
-                failures[index] = str(error)
+    def work(index: int) -> None:
+        try:
+            images[index] = decode(paths[index], spec)
+        except UnreadableImageError as error:
+            failures[index] = str(error)
 
-    threads = min(_THREADS_MAX, os.cpu_count() or 1)
-    with _quiet_pillow(), ThreadPoolExecutor(threads, thread_name_prefix="decode") as pool:
-        for _ in pool.map(job, range(0, len(paths), _FILES_PER_JOB)):
-            pass
+    with _quiet_pillow():
+        for_each(len(paths), work)
     return images, failures
 
 
@@ -176,13 +125,13 @@ def check_memory(count: int, spec: InputSpec) -> None:
     """Refuse what would not fit before it is allocated.
 
     Raises:
-        DataError: the images take more than `limits.DATASET_BYTES_MAX`.
+        DataError: the examples take more than `limits.DATASET_BYTES_MAX`.
     """
     needed = count * spec.channels * spec.height * spec.width
     if needed > limits.DATASET_BYTES_MAX:
         raise DataError(
-            f"{count} images of {spec.width}x{spec.height} pixels take {needed / 2**30:.1f} GiB of memory, "
-            f"more than {limits.DATASET_BYTES_MAX / 2**30:.0f} GiB",
+            f"{count} {spec.noun}s of {spec.width}x{spec.height} pixels take {needed / 2**30:.1f} GiB of "
+            f"memory, more than {limits.DATASET_BYTES_MAX / 2**30:.0f} GiB",
             "use fewer with --limit, or a part of them with --share",
         )
 
@@ -190,32 +139,6 @@ def check_memory(count: int, spec: InputSpec) -> None:
 def supported_formats() -> str:
     """The kinds of files that can be read, for people."""
     return "JPEG, PNG, WebP, BMP, GIF, TIFF or PPM files"
-
-
-def unreadable_note(reasons: Sequence[str]) -> tuple[str, ...]:
-    """The note about files that could not be read, if there are any."""
-    if not reasons:
-        return ()
-    return (f"{counted(len(reasons), 'image')} cannot be read and left out: {listed(reasons)}",)
-
-
-def _reasons(files: Sequence[Path], failures: Mapping[int, str]) -> list[str]:
-    return [f"{shown(files[index])} ({failures[index]})" for index in sorted(failures)]
-
-
-def _expanded(path: Path) -> list[Path]:
-    if not path.is_dir():
-        if not path.exists():
-            raise DataError(f"{shown(path)} does not exist", "name image files, or a folder of images")
-        return [path]
-    files = sorted(
-        file
-        for file in path.iterdir()
-        if not file.name.startswith(".") and file.suffix.lower() in SUFFIXES and file.is_file()
-    )
-    if not files:
-        raise DataError(f"the folder {shown(path)} holds no image", f"use {supported_formats()}")
-    return files
 
 
 def _flattened(image: Image.Image) -> Image.Image:

@@ -16,7 +16,8 @@ from typing import Final, Literal
 import numpy as np
 import numpy.typing as npt
 
-from ..errors import UsageError
+from ..errors import DataError, UsageError
+from .words import counted
 
 Labels = npt.NDArray[np.int64]
 Indices = npt.NDArray[np.intp]
@@ -59,6 +60,36 @@ class Share:
 
     def __str__(self) -> str:
         return f"{self.index}/{self.of}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cut:
+    """Which of the training examples this device uses."""
+
+    share: Share | None
+    #: At most so many of them all, before they are divided into shares.
+    limit: int | None
+    seed: int
+
+    def choose(self, labels: Labels, noun: str) -> tuple[Indices, list[str]]:
+        """Indices of the examples to use, and notes.
+
+        Raises:
+            DataError: the share is empty.
+        """
+        chosen: Indices = np.arange(len(labels))
+        notes = []
+        if self.limit is not None and self.limit < len(labels):
+            chosen = stratified_subset(labels, self.limit, seed=self.seed)
+            notes.append(f"limited to {self.limit} of {counted(len(labels), f'training {noun}')}")
+        if self.share is None:
+            return chosen, notes
+        part = partition(labels[chosen], self.share.of, seed=self.seed)[self.share.index - 1]
+        whole = counted(len(chosen), f"training {noun}")
+        if len(part) == 0:
+            raise DataError(f"share {self.share} of {whole} is empty", "divide the data into fewer parts")
+        notes.append(f"share {self.share}: {len(part)} of {whole}")
+        return chosen[part], notes
 
 
 def partition(

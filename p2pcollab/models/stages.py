@@ -94,6 +94,15 @@ FAMILIES: Final[dict[str, Family]] = {
         model=ModelSpec(family="vgg16", stem_stages=4, branch_width=0.25),
         training=_VGG_TRAINING,
     ),
+    # For keyword spotting: spectrograms of 40 bands and 100 frames. 47 M MAC dense there, AlexNet 652 M.
+    "kws": Family(
+        stages=(Stage(32, True), Stage(64, True), Stage(128, True), Stage(128, True)),
+        hidden=128,
+        grid=4,
+        aux_channels=64,
+        model=ModelSpec(family="kws", stem_stages=2, branch_width=0.25),
+        training=TrainingHints(batch_size=64, peak_lr=0.02, weight_decay=5e-4, epochs=20),
+    ),
     # For the bundled digits, 8x8 pixels in one channel.
     "digits": Family(
         stages=(Stage(32, True), Stage(64), Stage(128, True)),

@@ -172,7 +172,7 @@ def test_version_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
         (["assemble", "-o", "/no/such/folder/m.safetensors"], "there is no folder"),
         (["evaluate", "--model", "/no/such/file", "--data", "digits"], "/no/such/file"),
         (["predict", "--model", "/no/such/file", "x.jpg"], "/no/such/file"),
-        (["predict"], "IMAGE"),
+        (["predict"], "FILE"),
         (["demo", "--devices", "3"], "--devices"),
         (["demo", "--json", "/no/such/folder/x.json"], "/no/such/folder"),
     ],

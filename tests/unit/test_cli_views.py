@@ -174,7 +174,14 @@ def test_evaluation_page_names_what_a_class_is_mistaken_for() -> None:
         {"class": "cat", "images": 10, "right": 7, "accuracy": 0.7, "mistaken_for": "dog", "mistaken": 3},
         {"class": "dog", "images": 0, "right": 0, "accuracy": None, "mistaken_for": None, "mistaken": 0},
     ]
-    result = {"images": 10, "accuracy": 0.7, "missing": ["dog"], "classes": rows, "notes": ["1 file skipped"]}
+    result = {
+        "noun": "clip",
+        "images": 10,
+        "accuracy": 0.7,
+        "missing": ["dog"],
+        "classes": rows,
+        "notes": ["1 file skipped"],
+    }
     text = drawn(evaluation_page(result, width=80), 80)
     for essential in ("70.00%", "dog (3)", "lacks 1 task", "1 file skipped"):
         assert essential in text

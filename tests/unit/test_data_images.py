@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from p2pcollab import limits
-from p2pcollab.data.images import UnreadableImageError, decode, fit_array, load_images
+from p2pcollab.data.examples import load_images
+from p2pcollab.data.images import UnreadableImageError, decode, fit_array
 from p2pcollab.errors import DataError, UsageError
 
 GRAY = run_spec(channels=1, size=16).input

@@ -228,8 +228,8 @@ def test_an_empty_class_folder_is_said(tmp_path):
         (lambda root: root.mkdir(), "is empty"),
         (lambda root: write_image(root / "a.png"), "holds 1 image, but no class folders"),
         (lambda root: write_classes(root, cat=0, dog=0), "no class folder in .* holds an image"),
-        (lambda root: write_classes(root, train=3, test=3), "no class folders with training images"),
-        (lambda root: write_classes(root / "test", cat=3, dog=3), "no class folders with training images"),
+        (lambda root: write_classes(root, train=3, test=3), "no class folders with training data"),
+        (lambda root: write_classes(root / "test", cat=3, dog=3), "no class folders with training data"),
         (
             lambda root: write_classes(root / "train", cat=0) and write_classes(root / "test", cat=3),
             "no class folder",
