@@ -22,7 +22,7 @@ class DaemonOptions(Frozen):
     #: Canonical run spec, for `new`.
     spec: str | None = None
     secret_hex: Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")] | None = None
-    #: Data source: a folder, `torchvision:NAME` or `digits`.
+    #: Data source: a folder, `speech-commands:FOLDER`, `torchvision:NAME` or `digits`.
     data: str | None = None
     data_root: Path | None = None
     download: bool = False

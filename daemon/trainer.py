@@ -65,7 +65,7 @@ class Budget:
 class TrainerSettings:
     """What the trainer needs to know of this device."""
 
-    #: Data source: a folder, `torchvision:NAME` or `digits`. None: this device has no data; it can check and
+    #: Data source as in `DaemonOptions`. None: this device has no data; it can check and
     #: assemble, not train.
     source: str | None
     #: Where known data sets lie or are downloaded to.
