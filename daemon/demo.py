@@ -299,9 +299,10 @@ def _central(
 ) -> dict[str, Any]:
     """Train the dense network of the same family on the same data for the same samples; test both."""
     from ..assembly import load_model
+    from ..central import train_dense
     from ..data import load
     from ..data.batches import batches, eval_batches
-    from ..training import accuracy, train_dense
+    from ..training import accuracy
 
     data = load(source["data"], spec, source["data_root"], limit=source["limit"])
     budget = spec.schedule.budget_samples
@@ -320,13 +321,13 @@ def _central(
 
     start = time.monotonic()
     train = batches(data.train, spec, seed=options.seed, samples=budget)
-    dense, macs = train_dense(spec, train, on_step=show)
+    central = train_dense(spec, train, on_step=show)
     seconds = time.monotonic() - start
     assembled = load_model(model).model
     return {
-        "central_accuracy": accuracy(dense, eval_batches(data.test, spec)),
+        "central_accuracy": accuracy(central.model, eval_batches(data.test, spec)),
         "assembled_accuracy": accuracy(assembled, eval_batches(data.test, spec)),
-        "training_macs": macs,
+        "training_macs": central.macs,
         "seconds": seconds,
     }
 

@@ -18,16 +18,17 @@ import torch
 from .. import cost, limits
 from ..assembly import assemble, load_model, merged_shard, to_bytes
 from ..data.arrays import ArrayDataset, LoadedData
-from ..data.batches import batches, eval_batches
+from ..data.batches import Thinning, batches, eval_batches, offered_batch
 from ..data.partition import Share, stratified_subset
 from ..data.sources import load
 from ..errors import PeerError, RunError, UsageError
+from ..lease import OnStep
 from ..ledger import Contribution
 from ..models import default_model, initial_shard
 from ..run import STEM, InputSpec, RunSpec, Schedule, ShardId, TaskSpec
 from ..screen import reason_to_refuse_tensors
 from ..shards import ShardTensors, decode_shard, encode_shard
-from ..training import LeaseResult, OnStep, evaluate_shards, log_probabilities, train_branches, train_stem
+from ..training import LeaseResult, evaluate_shards, log_probabilities, train_branches, train_stem
 from ..wire import decode_contribution
 from .frames import Fields
 
@@ -67,6 +68,11 @@ class Workshop:
     def configured(self) -> bool:
         """Whether `configure` has succeeded."""
         return self._prepared is not None
+
+    @property
+    def train_data(self) -> ArrayDataset:
+        """What this device trains on."""
+        return self._setting.train
 
     @property
     def duty(self) -> float:
@@ -221,7 +227,8 @@ class Workshop:
         on_step: OnStep,
     ) -> LeaseResult:
         setting, samples = self._setting, fields["samples"]
-        source = batches(setting.train, setting.spec, seed=fields["seed"], samples=samples)
+        thinning = Thinning.of(setting.spec, shards)
+        source = batches(setting.train, setting.spec, seed=fields["seed"], samples=samples, thinning=thinning)
         progress = {ShardId(shard): value for shard, value in fields["progress"].items()}
         if shards == [STEM]:
             return train_stem(
@@ -240,6 +247,7 @@ class Workshop:
             source,
             start_progress=progress,
             samples=samples,
+            batch_offered=offered_batch(setting.train, setting.spec),
             device=setting.device,
             on_step=on_step,
         )

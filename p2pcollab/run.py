@@ -160,6 +160,8 @@ class Schedule(Frozen):
     warmup_fraction: Annotated[float, Field(ge=0.0, le=0.9)] = 0.2
     #: The stem's budget as a fraction of `budget_samples`; at its end the stem is sealed.
     stem_seal_fraction: Annotated[float, Field(gt=0.0, le=1.0)] = 0.7
+    #: Fraction of the other classes' examples that a branch trains on in each pass; its own it trains all.
+    negatives: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
 
 
 class RunSpec(Frozen):

@@ -12,34 +12,16 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Final
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from . import cost
-from .errors import RunError
-from .models.build import build_dense
-from .models.layers import Classifier
-from .optimiser import MeanMomentumSGD, learning_rate
+from .lease import Batches, Lease, OnStep, autocast_for
 from .run import STEM, RunSpec, ShardId
 from .shards import ShardTensors, cut_branch, cut_stem, restore_aux_head, restore_branch, restore_stem
-
-Batches = Iterable[tuple[Tensor, Tensor]]
-"""Images float32 [B, F, H, W] and labels int64 [B]."""
-OnStep = Callable[[int, Mapping[ShardId, float]], bool]
-"""Called after each batch with the samples done and each shard's loss in it; False ends the lease early."""
-
-#: The dense network's name in `on_step`.
-DENSE: Final = ShardId("dense")
-#: A lease's loss is the mean over this last part of it.
-_LOSS_TAIL: Final = 0.1
-#: Below this many forward MACs per example of the dense network, bf16 is not worth its rounding. On one Zen 4
-#: core, branches of digits (1.6 M) train 10 % slower in it, those of AlexNet (171 M) 1.3 to 1.4 times faster.
-BF16_MACS_MIN: Final = 10_000_000
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -96,7 +78,7 @@ def train_stem(
         RunError: training diverged.
     """
     stem, aux_head = restore_stem(spec, tensors), restore_aux_head(spec, tensors)
-    lease = _Lease(spec, {STEM: nn.Sequential(stem, aux_head)}, {STEM: start_progress}, samples, device)
+    lease = Lease(spec, {STEM: nn.Sequential(stem, aux_head)}, {STEM: start_progress}, samples, device)
 
     def losses(images: Tensor, labels: Tensor) -> list[Tensor]:
         return [functional.cross_entropy(aux_head(stem(images)).float(), labels)]
@@ -107,7 +89,7 @@ def train_stem(
         tensors={STEM: cut_stem(stem, aux_head)},
         losses=lease.tail_losses(),
         samples=done,
-        macs=done * cost.training_macs(spec, (STEM,)),
+        macs=lease.trained * cost.training_macs(spec, (STEM,)),
         seconds=clock() - started,
     )
 
@@ -120,6 +102,7 @@ def train_branches(
     *,
     start_progress: Mapping[ShardId, float],
     samples: int,
+    batch_offered: int | None = None,
     device: torch.device | str = "cpu",
     on_step: OnStep | None = None,
     clock: Callable[[], float] = time.perf_counter,
@@ -129,6 +112,8 @@ def train_branches(
     Args:
         start_progress: each branch's progress when the lease begins, in 0..1.
         samples: ends the lease; it also ends when the batches do.
+        batch_offered: samples that each batch counts for, where batches are thinned (`data.Thinning`);
+            None: as many as it holds.
 
     Raises:
         RunError: training diverged.
@@ -137,16 +122,13 @@ def train_branches(
     branches = {
         shard: restore_branch(spec, spec.task(shard), tensors) for shard, tensors in branch_tensors.items()
     }
-    local = {shard: local_labels(spec, shard).to(device) for shard in branches}
-    lease = _Lease(spec, branches, start_progress, samples, device)
+    objectives = {shard: BranchObjective(spec, shard, branches, device) for shard in branches}
+    lease = Lease(spec, branches, start_progress, samples, device, batch_offered)
 
     def losses(images: Tensor, labels: Tensor) -> list[Tensor]:
         with torch.no_grad():
             features = stem(images)
-        return [
-            functional.cross_entropy(branch(features).float(), local[shard][labels])
-            for shard, branch in branches.items()
-        ]
+        return [objectives[shard](branch(features), labels) for shard, branch in branches.items()]
 
     started = clock()
     done = lease.run(batches, losses, on_step, autocast_for(device, spec))
@@ -154,31 +136,50 @@ def train_branches(
         tensors={shard: cut_branch(branch) for shard, branch in branches.items()},
         losses=lease.tail_losses(),
         samples=done,
-        macs=done * cost.training_macs(spec, branches),
+        macs=lease.trained * cost.training_macs(spec, branches),
         seconds=clock() - started,
     )
 
 
-def train_dense(
-    spec: RunSpec,
-    batches: Batches,
-    *,
-    device: torch.device | str = "cpu",
-    on_step: OnStep | None = None,
-) -> tuple[Classifier, int]:
-    """Train the undivided network for the run's whole budget, the central baseline; it, and the MACs spent.
+class BranchObjective:
+    """A branch's own loss: cross-entropy over {its classes, "other"}.
 
-    Raises:
-        RunError: training diverged.
+    Where examples of other classes are thinned, "other" is as much rarer in training. Its logit is trained
+    with the logarithm of that fraction added, so that without it the branch gives the probabilities of
+    unthinned data (the correction of sampled softmax, Jean et al. 2015). In a bundle, the other tasks'
+    examples are not thinned, and count for as much less: the loss of a branch is the same in expectation
+    whatever else is in its bundle.
     """
-    dense = build_dense(spec)
-    lease = _Lease(spec, {DENSE: dense}, {DENSE: 0.0}, spec.schedule.budget_samples, device)
 
-    def losses(images: Tensor, labels: Tensor) -> list[Tensor]:
-        return [functional.cross_entropy(dense(images).float(), labels)]
+    def __init__(
+        self, spec: RunSpec, shard: ShardId, bundle: Iterable[ShardId], device: torch.device | str
+    ) -> None:
+        """
+        Args:
+            bundle: all branches that are trained on the same batches.
+        """
+        kept = spec.schedule.negatives
+        self._local_C = local_labels(spec, shard).to(device)
+        own = len(spec.task(shard).classes)
+        self._shift_K = torch.zeros(own + 1, device=device)
+        self._shift_K[-1] = math.log(kept)
+        self._weight_C: Tensor | None = None
+        beside = {index for other in bundle for index in spec.task(other).classes}
+        beside -= set(spec.task(shard).classes)
+        if kept < 1.0 and beside:
+            self._weight_C = torch.ones(len(spec.classes), device=device)
+            self._weight_C[sorted(beside)] = kept
 
-    done = lease.run(batches, losses, on_step, autocast_for(device, spec))
-    return dense.eval(), done * cost.training_macs_dense(spec)
+    def __call__(self, logits_BK: Tensor, labels_B: Tensor) -> Tensor:
+        """The mean loss of a batch; labels are of the run's classes."""
+        logits_BK = logits_BK.float() + self._shift_K
+        targets_B = self._local_C[labels_B]
+        if self._weight_C is None:
+            return functional.cross_entropy(logits_BK, targets_B)
+        weight_B = self._weight_C[labels_B]
+        losses_B = functional.cross_entropy(logits_BK, targets_B, reduction="none")
+        mean: Tensor = (losses_B * weight_B).sum() / weight_B.sum()
+        return mean
 
 
 def local_labels(spec: RunSpec, shard: ShardId) -> Tensor:
@@ -254,97 +255,6 @@ def evaluate_shards(
     return Evaluation(
         scores=scores, samples=len(all_labels), macs=len(all_labels) * cost.evaluation_macs(spec, heads)
     )
-
-
-def native_bf16(device: torch.device | str) -> bool:
-    """Whether the device multiplies bf16 in hardware. Emulated, it is several times slower than fp32."""
-    if torch.device(device).type == "cuda":
-        return bool(torch.cuda.is_bf16_supported())
-    if torch.device(device).type != "cpu":
-        return False
-    # Private in PyTorch and not in every version of it; without an answer, fp32.
-    checks = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
-    return any(bool(getattr(torch.cpu, check, lambda: False)()) for check in checks)
-
-
-def autocast_for(device: torch.device | str, spec: RunSpec) -> AbstractContextManager[object]:
-    """Autocast to bf16 where it is native and the network large enough to gain; otherwise float32.
-
-    The choice does not depend on the bundle, or branches trained together and apart would differ.
-    """
-    if cost.macs_dense(spec) < BF16_MACS_MIN or not native_bf16(device):
-        return nullcontext()
-    return torch.autocast(torch.device(device).type, dtype=torch.bfloat16)
-
-
-class _Lease:
-    """The loop that all training shares: some independent modules, each with its own progress and rate."""
-
-    def __init__(
-        self,
-        spec: RunSpec,
-        modules: Mapping[ShardId, nn.Module],
-        start_progress: Mapping[ShardId, float],
-        samples: int,
-        device: torch.device | str,
-    ) -> None:
-        self.spec = spec
-        self.shards = tuple(modules)
-        self.start_progress = dict(start_progress)
-        self.samples = samples
-        self.device = torch.device(device)
-        for module in modules.values():
-            module.to(self.device).to(memory_format=torch.channels_last).train()
-        self.optimizer = MeanMomentumSGD(spec.schedule, list(modules.values()))
-        self.history: list[tuple[int, tuple[float, ...]]] = []
-
-    def run(
-        self,
-        batches: Batches,
-        losses: Callable[[Tensor, Tensor], list[Tensor]],
-        on_step: OnStep | None,
-        autocast: AbstractContextManager[object],
-    ) -> int:
-        """Train until the samples or the batches end, or `on_step` says so; the samples trained."""
-        done = 0
-        for images, labels in batches:
-            images = images.to(self.device, memory_format=torch.channels_last)
-            labels = labels.to(self.device)
-            with autocast:
-                by_shard = losses(images, labels)
-            values = tuple(torch.stack([loss.detach() for loss in by_shard]).tolist())
-            if not all(map(math.isfinite, values)):
-                raise RunError(
-                    "training diverged: the loss is not finite", "start a run with a lower learning rate"
-                )
-            # The losses share no parameter, so one pass backward over their sum gives each its own gradient.
-            self.optimizer.zero_grad()
-            torch.autograd.backward(by_shard)
-            self.optimizer.step(self._rates(done + len(labels) / 2))
-            done += len(labels)
-            self.history.append((len(labels), values))
-            go_on = on_step is None or on_step(done, dict(zip(self.shards, values, strict=True)))
-            if done >= self.samples or not go_on:
-                break
-        return done
-
-    def tail_losses(self) -> dict[ShardId, float]:
-        """Mean losses over the last tenth of what was trained; 0 where nothing was."""
-        wanted = _LOSS_TAIL * sum(size for size, _ in self.history)
-        total, sums = 0, [0.0] * len(self.shards)
-        for size, values in reversed(self.history):
-            total += size
-            sums = [value_sum + size * value for value_sum, value in zip(sums, values, strict=True)]
-            if total >= wanted:
-                break
-        return {shard: value_sum / max(total, 1) for shard, value_sum in zip(self.shards, sums, strict=True)}
-
-    def _rates(self, done: float) -> list[float]:
-        """Learning rates in the middle of a batch, so that neither the first nor the last step is wasted."""
-        return [
-            learning_rate(self.spec.schedule, self.start_progress[shard] + done / self.spec.budget(shard))
-            for shard in self.shards
-        ]
 
 
 def _score(logits_NK: Tensor, targets_N: Tensor, *, balanced: bool) -> ShardScore:

@@ -5,7 +5,8 @@ Shapes: B samples of a batch, C channels, H height, W width.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from typing import Final
 
 import numpy as np
@@ -13,7 +14,7 @@ import numpy.typing as npt
 import torch
 
 from ..errors import DataError
-from ..run import InputSpec, RunSpec
+from ..run import STEM, InputSpec, RunSpec, ShardId
 from .arrays import ArrayDataset
 from .augment import Augmentation
 
@@ -24,14 +25,51 @@ Batch = tuple[torch.Tensor, torch.Tensor]
 _BATCH_MIN: Final = 2
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Thinning:
+    """Which part of a data set the branches of some tasks train on: all their own examples, some others.
+
+    A branch sees ten times as many examples of other classes as of its own where there are ten tasks. Every
+    pass over the data draws other ones, so that all of them are seen in the end.
+    """
+
+    #: Classes of which every example is kept.
+    own: frozenset[int]
+    #: Probability that an example of another class is kept in a pass.
+    kept: float
+
+    @classmethod
+    def of(cls, spec: RunSpec, shards: Iterable[ShardId]) -> Thinning:
+        """What a bundle of branches trains on; the stem trains on everything."""
+        tasks = [spec.task(shard) for shard in shards if shard != STEM]
+        own = frozenset(index for task in tasks for index in task.classes)
+        return cls(own=own, kept=spec.schedule.negatives if tasks else 1.0)
+
+    def probabilities(self, labels: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
+        """Of each example, that a pass keeps it, float64 [N]."""
+        return np.where(np.isin(labels, list(self.own)), 1.0, self.kept)
+
+    def offered_per_trained(self, dataset: ArrayDataset) -> float:
+        """How many examples of the data set each one that is trained on stands for, at least 1."""
+        return len(dataset) / float(self.probabilities(dataset.labels).sum()) if len(dataset) else 1.0
+
+
 def batches(
-    dataset: ArrayDataset, spec: RunSpec, *, seed: int, samples: int, augment: bool = True
+    dataset: ArrayDataset,
+    spec: RunSpec,
+    *,
+    seed: int,
+    samples: int,
+    augment: bool = True,
+    thinning: Thinning | None = None,
 ) -> Iterator[Batch]:
     """Training batches: passes over the data, each in a new order, cut into batches of one size.
 
     The size is the run's batch size, or the whole data set where that is smaller, and never 1: a data set
     of one image is seen twice in each batch. As many batches come as it takes to reach `samples`, so their
     sum exceeds it by less than one batch. A batch may reach from one pass into the next.
+
+    With a thinning as many batches come, each smaller by what is left out.
 
     Returns:
         Pairs of images, float32 [B, C, H, W], normalised, and labels, int64 [B].
@@ -41,18 +79,37 @@ def batches(
     """
     if len(dataset) == 0:
         raise DataError("there are no training images on this device", "give it data with --data")
-    return _batches(dataset, spec, seed, samples, augment)
+    return _batches(dataset, spec, seed, samples, augment, thinning)
 
 
-def _batches(dataset: ArrayDataset, spec: RunSpec, seed: int, samples: int, augment: bool) -> Iterator[Batch]:
+def offered_batch(dataset: ArrayDataset, spec: RunSpec) -> int:
+    """Samples that each training batch stands for."""
+    return max(_BATCH_MIN, min(spec.schedule.batch_size, len(dataset)))
+
+
+def _batches(
+    dataset: ArrayDataset,
+    spec: RunSpec,
+    seed: int,
+    samples: int,
+    augment: bool,
+    thinning: Thinning | None,
+) -> Iterator[Batch]:
     generator = np.random.default_rng(seed)
-    size = max(_BATCH_MIN, min(spec.schedule.batch_size, len(dataset)))
+    offered = size = offered_batch(dataset, spec)
+    probabilities = None
+    if thinning is not None and thinning.kept < 1.0:
+        probabilities = thinning.probabilities(dataset.labels)
+        size = max(_BATCH_MIN, round(offered / thinning.offered_per_trained(dataset)))
     normalise = _Normaliser(spec.input)
     augmentation = Augmentation(spec.input, dataset.noise, generator) if augment else None
     queue = np.empty(0, dtype=np.int64)
-    for _ in range(-(-samples // size)):
+    for _ in range(-(-samples // offered)):
         while len(queue) < size:
-            queue = np.concatenate([queue, generator.permutation(len(dataset))])
+            order = generator.permutation(len(dataset))
+            if probabilities is not None:
+                order = order[generator.random(len(order)) < probabilities[order]]
+            queue = np.concatenate([queue, order])
         chosen, queue = queue[:size], queue[size:]
         images = dataset.images[chosen]
         if augmentation is not None:

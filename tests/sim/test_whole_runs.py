@@ -10,12 +10,21 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-from devices import BEAT_S, SETTINGS
-from scenarios import DevicePlan, Partition, Scenario, random_scenario, run_spec, sixteen
-from simulator import Outcome, Simulation
 
 from p2pcollab.presence import OVERDUE_FACTOR
 from p2pcollab.run import STEM, ShardId
+from p2pcollab.simulation import (
+    BEAT_S,
+    SETTINGS,
+    DevicePlan,
+    Outcome,
+    Partition,
+    Scenario,
+    Simulation,
+    random_scenario,
+    run_spec,
+    sixteen,
+)
 
 SEEDS = (1, 2)
 SPEC = run_spec(leases=12)

@@ -12,8 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from p2pcollab.data.arrays import ArrayDataset
-from p2pcollab.data.batches import batches, eval_batches, normalised
+from p2pcollab.data.batches import Thinning, batches, eval_batches, normalised, offered_batch
 from p2pcollab.errors import DataError
+from p2pcollab.run import STEM, ShardId
 
 AUGMENTS = ["none", "shift", "crop-flip"]
 
@@ -149,3 +150,53 @@ def test_normalisation_uses_each_channels_mean_and_deviation():
     )
     pixels = np.full((1, 3, 16, 16), 255, dtype=np.uint8)
     assert normalised(pixels, spec)[0, :, 0, 0].tolist() == pytest.approx([1.0, 1.0, 0.0])
+
+
+def labelled(labels: list[int]) -> ArrayDataset:
+    return ArrayDataset(images=np.zeros((len(labels), 1, 8, 8), np.uint8), labels=np.array(labels, np.int64))
+
+
+@given(
+    counts=st.lists(st.integers(0, 30), min_size=2, max_size=5).filter(lambda counts: sum(counts) > 1),
+    kept=st.floats(0.05, 1.0),
+    batch_size=st.integers(2, 40),
+    samples=st.integers(1, 300),
+)
+def test_thinned_batches_are_as_many_and_of_one_smaller_size(counts, kept, batch_size, samples):
+    dataset = labelled([label for label, count in enumerate(counts) for _ in range(count)])
+    spec = run_spec(channels=1, size=8, batch_size=batch_size, augment="none")
+    thinning = Thinning(own=frozenset({0}), kept=kept)
+    whole = list(batches(dataset, spec, seed=0, samples=samples))
+    thinned = list(batches(dataset, spec, seed=0, samples=samples, thinning=thinning))
+    assert len(thinned) == len(whole) == -(-samples // offered_batch(dataset, spec))
+    sizes = {len(labels) for _, labels in thinned}
+    assert len(sizes) == 1
+    expected = offered_batch(dataset, spec) / thinning.offered_per_trained(dataset)
+    assert sizes.pop() == max(2, round(expected))
+
+
+def test_thinning_keeps_all_own_examples_of_a_pass_and_other_examples_in_turn():
+    dataset = marked(200)
+    spec = run_spec(channels=1, size=8, batch_size=20, augment="none")
+    thinning = Thinning(own=frozenset(range(40)), kept=0.25)
+    offered = thinning.offered_per_trained(dataset)
+    assert offered == pytest.approx(200 / (40 + 160 / 4))
+    seen = Counter(
+        label
+        for _, labels in batches(dataset, spec, seed=1, samples=2000, thinning=thinning)
+        for label in labels.tolist()
+    )
+    # Ten passes: each own example about ten times, each other one 2.5 times, and hardly any never.
+    assert all(8 <= seen[label] <= 12 for label in range(40))
+    others = [seen[label] for label in range(40, 200)]
+    assert 2 <= sum(others) / len(others) <= 3
+    assert sum(count == 0 for count in others) < 30
+
+
+def test_the_stem_is_not_thinned():
+    schedule = run_spec(channels=1, size=8, batch_size=20, augment="none").schedule
+    spec = run_spec(channels=1, size=8, batch_size=20, augment="none")
+    spec = spec.model_copy(update={"schedule": schedule.model_copy(update={"negatives": 0.1})})
+    assert Thinning.of(spec, [STEM]).kept == 1.0
+    task = ShardId(spec.tasks[0].id)
+    assert Thinning.of(spec, [task]) == Thinning(own=frozenset(spec.tasks[0].classes), kept=0.1)

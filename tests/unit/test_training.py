@@ -11,7 +11,7 @@ import pytest
 import torch
 from model_specs import examples, model_spec
 
-from p2pcollab import cost, training
+from p2pcollab import cost, lease, training
 from p2pcollab.errors import RunError
 from p2pcollab.models import GlobalModel, initial_shard
 from p2pcollab.optimiser import learning_rate
@@ -33,7 +33,7 @@ def _initial(spec: RunSpec, *shards: ShardId) -> dict[ShardId, ShardTensors]:
 
 
 def _train_bundle(
-    spec: RunSpec, *shards: ShardId, batches: int = 10, on_step: training.OnStep | None = None
+    spec: RunSpec, *shards: ShardId, batches: int = 10, on_step: lease.OnStep | None = None
 ) -> LeaseResult:
     return train_branches(
         spec,
@@ -179,21 +179,21 @@ def test_divergence_is_an_error_that_says_what_to_do() -> None:
 
 
 def test_small_networks_stay_in_float32() -> None:
-    with training.autocast_for("cpu", model_spec()):
+    with lease.autocast_for("cpu", model_spec()):
         assert not torch.is_autocast_enabled("cpu")
 
 
 def test_large_networks_use_bf16_where_the_device_has_it(monkeypatch: pytest.MonkeyPatch) -> None:
     spec = model_spec("alexnet", channels=3, height=32, width=32)
     for native in (True, False):
-        monkeypatch.setattr(training, "native_bf16", lambda _device, native=native: native)
-        with training.autocast_for("cpu", spec):
+        monkeypatch.setattr(lease, "native_bf16", lambda _device, native=native: native)
+        with lease.autocast_for("cpu", spec):
             assert torch.is_autocast_enabled("cpu") == native
 
 
 def test_trained_tensors_are_float32_whatever_the_arithmetic(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(training, "BF16_MACS_MIN", 0)
-    monkeypatch.setattr(training, "native_bf16", lambda _device: True)
+    monkeypatch.setattr(lease, "BF16_MACS_MIN", 0)
+    monkeypatch.setattr(lease, "native_bf16", lambda _device: True)
     result = _train_bundle(model_spec(), T0, batches=2)
     assert {tensor.dtype for tensor in result.tensors[T0].values()} == {torch.float32, torch.int64}
 
@@ -242,11 +242,43 @@ def test_evaluation_without_examples_knows_nothing() -> None:
     assert evaluation.scores[T0].accuracy == 0.0
 
 
-def test_dense_network_learns_on_the_same_schedule() -> None:
+def test_unthinned_probabilities_are_learnt_from_thinned_examples() -> None:
+    """One example in ten is the branch's own; of the others one in four is kept."""
+    schedule = Schedule(budget_samples=960, lease_samples=160, batch_size=16, peak_lr=0.05, negatives=0.25)
+    spec = model_spec(schedule=schedule)
+    objective = training.BranchObjective(spec, T0, (T0,), "cpu")
+    labels = torch.tensor([0] * 40 + [1] * 30 + [2] * 30 + [3] * 30)
+    logits = torch.zeros(2, requires_grad=True)
+    for _ in range(2000):
+        objective(logits.expand(len(labels), 2), labels).backward()
+        with torch.no_grad():
+            logits -= logits.grad
+            logits.grad.zero_()
+    assert logits.softmax(0)[0].item() == pytest.approx(40 / (40 + 90 / 0.25), abs=1e-3)
+
+
+def test_what_a_branch_learns_from_thinned_examples_does_not_depend_on_its_bundle() -> None:
+    """In expectation over what is kept: here every example is there as often as it is kept on average."""
+    schedule = Schedule(budget_samples=960, lease_samples=160, batch_size=16, peak_lr=0.05, negatives=0.5)
+    spec = model_spec(schedule=schedule)
+    logits_of_class = torch.randn(4, 2, generator=torch.Generator().manual_seed(0))
+    alone = torch.tensor([0] * 4 + [1] * 2 + [2] * 2 + [3] * 2)
+    together = torch.tensor([0] * 4 + [1] * 4 + [2] * 2 + [3] * 2)
+    one = training.BranchObjective(spec, T0, (T0,), "cpu")(logits_of_class[alone], alone)
+    other = training.BranchObjective(spec, T0, (T0, T1), "cpu")(logits_of_class[together], together)
+    assert one.item() == pytest.approx(other.item(), rel=1e-5)
+
+
+def test_thinned_batches_count_for_what_was_offered_and_cost_what_was_trained() -> None:
     spec = model_spec()
-    dense, macs = training.train_dense(spec, examples(spec, batches=60))
-    assert macs == 960 * cost.training_macs_dense(spec)
-    assert accuracy(dense, examples(spec, batches=10, seed=9)) > 0.95
-    outputs, labels = training.log_probabilities(dense, examples(spec, batches=2, seed=9))
-    assert outputs.shape == (32, 4)
-    assert labels.shape == (32,)
+    result = train_branches(
+        spec,
+        initial_shard(spec, STEM),
+        {T0: initial_shard(spec, T0)},
+        examples(spec, batches=10, size=8),
+        start_progress={T0: 0.0},
+        samples=160,
+        batch_offered=16,
+    )
+    assert result.samples == 160
+    assert result.macs == 80 * cost.training_macs(spec, (T0,))

@@ -3,8 +3,8 @@
 Everything random comes from one seed; the same scenario and seed give the same events. A broken promise
 raises `Broken` at the event that broke it, with scenario, seed and time.
 
-Training takes time in proportion to samples over speed. Tensors are only their digests: who holds them is
-simulated, what is in them is not. The devices do what the daemon does, in the same order.
+What a lease makes, and how long that takes, is the matter of a `Training`: pretended, with digests of
+nothing, or real. Who holds which tensors is simulated. The devices do what the daemon does, in its order.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
-from devices import BEAT_S, GOSSIP_S, Device, SimulatedRecord
-from scenarios import Scenario
-
-from p2pcollab.coordinator import JobPlan, ShardJob
-from p2pcollab.ledger import Contribution, Ledger
-from p2pcollab.run import STEM, DeviceId, ShardId
+from ..coordinator import JobPlan
+from ..ledger import Contribution, Ledger
+from ..run import STEM, DeviceId, ShardId
+from .devices import BEAT_S, GOSSIP_S, Device, SimulatedRecord
+from .scenarios import Scenario
+from .training import PretendedTraining, Training
 
 RECORD_TTL_S = 30.0
 
@@ -100,21 +100,27 @@ class Board:
 class Simulation:
     """One run of one scenario with one seed."""
 
-    def __init__(self, scenario: Scenario, seed: int) -> None:
+    def __init__(self, scenario: Scenario, seed: int, training: Training | None = None) -> None:
+        """
+        Args:
+            training: what the devices do in their leases; pretended unless given.
+        """
         self.scenario = scenario
         self.seed = seed
         self.rng = random.Random(seed)
         self.now = 0.0
         self.outcome = Outcome()
         self.board = Board(self)
-        self.ids = [DeviceId(f"{self.rng.getrandbits(128):032x}") for _ in scenario.devices]
+        self.training = training or PretendedTraining(scenario.spec, self.rng, len(scenario.devices))
+        self.ids = list(self.training.devices)
+        #: Bytes of tensors by their digest.
+        self.sizes: dict[str, int] = {}
         self.devices = [Device(self, index) for index in range(len(scenario.devices))]
         self.by_id = {device.id: device for device in self.devices}
         #: What each device has truly trained and published.
         self.trained: Counter[tuple[ShardId, DeviceId]] = Counter()
         self._queue: list[tuple[float, int, Callable[[], None]]] = []
         self._order = itertools.count()
-        self._run_id = scenario.spec.run_id
         self._training: dict[DeviceId, JobPlan] = {}
         self._lull_since: float | None = None
         self._alive_since: dict[DeviceId, float] = {}
@@ -286,36 +292,26 @@ class Simulation:
 
     def discarded(self, device: Device, plan: JobPlan) -> None:
         """A lease was stopped, because its shards are complete."""
-        self.outcome.discarded += round((self.now - device.job_since) * device.plan.speed / 2)
+        fraction = min(1.0, (self.now - device.job_since) / self.training.duration_s(device, plan))
+        self.outcome.discarded += round(fraction * plan.samples)
+        self.training.discard(device, plan, fraction)
 
-    def contribution(self, device: Device, job: ShardJob, plan: JobPlan) -> Contribution:
-        """What a lease has made of one shard."""
-        shard, samples = job.shard, plan.samples
-        self.trained[shard, device.id] += samples
-        self.outcome.samples += samples
-        seen = job.seen(device.id, samples)
-        for other, count in seen:
-            if count > self.trained[shard, other]:
-                raise self.broken(
-                    f"{shard} counts {count} of {self.trained[shard, other]} samples of {other}"
-                )
-        if dict(seen)[device.id] != self.trained[shard, device.id]:
-            raise self.broken(f"{shard} does not count all samples of its maker")
-        return Contribution(
-            run_id=self._run_id,
-            shard=shard,
-            device=device.id,
-            public_key=b"",
-            generation=job.generation,
-            seen=seen,
-            lease_samples=samples,
-            stem_digest=plan.stem_digest,
-            tensors_digest=f"{self.rng.getrandbits(256):064x}",
-            tensors_bytes=1,
-            loss=0.0,
-            accuracy=0.0,
-            signature=b"",
-        )
+    def trained_by(self, device: Device, plan: JobPlan) -> tuple[Contribution, ...]:
+        """What a lease has made."""
+        contributions = self.training.train(device, plan)
+        for job, made in zip(plan.shards, contributions, strict=True):
+            samples = made.lease_samples
+            self.trained[job.shard, device.id] += samples
+            self.outcome.samples += samples
+            self.sizes[made.tensors_digest] = made.tensors_bytes
+            for other, count in made.seen:
+                if count > self.trained[job.shard, other]:
+                    raise self.broken(
+                        f"{job.shard} counts {count} of {self.trained[job.shard, other]} samples of {other}"
+                    )
+            if dict(made.seen)[device.id] != self.trained[job.shard, device.id]:
+                raise self.broken(f"{job.shard} does not count all samples of its maker")
+        return contributions
 
     def received(self, device: Device, before: Ledger, contributions: Iterable[Contribution]) -> None:
         """Contributions have entered a ledger."""

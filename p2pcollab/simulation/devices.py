@@ -8,13 +8,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from p2pcollab.allotment import needs
-from p2pcollab.coordinator import Advert, Coordinator, CoordinatorSettings, JobPlan
-from p2pcollab.ledger import Contribution, Ledger
-from p2pcollab.run import STEM, DeviceId, ShardId
+from ..allotment import needs
+from ..coordinator import Advert, Coordinator, CoordinatorSettings, JobPlan
+from ..ledger import Contribution, Ledger
+from ..run import STEM, DeviceId, ShardId
 
 if TYPE_CHECKING:
-    from simulator import Simulation
+    from .simulator import Simulation
 
 BEAT_S = 2.0
 GOSSIP_S = 2.0
@@ -60,6 +60,8 @@ class Device:
         self.coordinator: Coordinator
         self.asked: dict[str, tuple[float, int]] = {}
         self.fetching = self.preparing = False
+        #: Tensors given to other devices.
+        self.sent_bytes = 0
 
     # --- life ---
 
@@ -194,8 +196,7 @@ class Device:
         self.simulation.started(self, plan)
         self.job = plan
         self.job_since = self.simulation.now
-        stem = plan.shards[0].shard == STEM
-        duration_s = plan.samples * (3 if stem else 1 + len(plan.shards)) / self.plan.speed
+        duration_s = self.simulation.training.duration_s(self, plan)
         if self.plan.hangs_at is None or self.simulation.now + duration_s < self.plan.hangs_at:
             self.after(duration_s, self.finish, plan)
 
@@ -223,7 +224,7 @@ class Device:
         if self.job is not plan:
             return
         self.stop_training()
-        contributions = [self.simulation.contribution(self, job, plan) for job in plan.shards]
+        contributions = self.simulation.trained_by(self, plan)
         self.held.update(entry.tensors_digest for entry in contributions)
         self.receive(contributions)
         self.coordinator.finished(self.simulation.now)
@@ -290,6 +291,8 @@ class Device:
         elif kind == "push":
             self.receive(content)
         elif kind == "fetch":
+            if content in self.held:
+                self.sent_bytes += self.simulation.sizes.get(content, 0)
             self.send(sender, "tensors" if content in self.held else "refusal", content)
         elif kind == "tensors":
             self.asked.pop(content, None)

@@ -6,7 +6,7 @@ import random
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from p2pcollab.run import InputSpec, ModelSpec, RunSpec, Schedule, ShardId, TaskSpec
+from ..run import InputSpec, ModelSpec, RunSpec, Schedule, ShardId, TaskSpec
 
 
 def run_spec(classes: int = 10, *, leases: int = 24, lease_samples: int = 1000, seal: float = 0.7) -> RunSpec:

@@ -1,0 +1,241 @@
+"""A run rehearsed in one process: simulated clock, network and board, and everything else as on the devices.
+
+Coordinators decide, workshops train on each device's own data, contributions are signed, shards are encoded
+as they travel, merged and assembled: what comes out is what a LAN would give, without its hours or its
+devices. Time is simulated: a lease takes its MACs over the device's speed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final
+
+from .. import cost
+from ..coordinator import JobPlan
+from ..data.batches import Thinning
+from ..data.partition import Share
+from ..keys import Identity
+from ..ledger import Contribution
+from ..run import STEM, RunSpec, ShardId
+from ..simulation import Device, DevicePlan, Scenario, Simulation
+from ..wire import encode_contribution, sign_contribution
+from .workshop import Workshop
+
+#: Leases after which tensors that no device holds any more are thrown away.
+_PRUNE_EVERY: Final = 32
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RehearsedDevice:
+    """One device: how fast it is, and which part of the data it has."""
+
+    #: Training MAC/s.
+    speed: float
+    #: `I/N`; None: everything.
+    share: Share | None
+    prefer: frozenset[ShardId] = frozenset()
+    tasks: frozenset[ShardId] | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DeviceTally:
+    """What one device has spent."""
+
+    macs: int
+    #: Samples offered to each shard.
+    samples: Mapping[ShardId, int]
+    sent_bytes: int
+    #: Leases trained.
+    leases: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rehearsed:
+    """A complete run."""
+
+    #: The assembled model's file.
+    model: bytes
+    devices: tuple[DeviceTally, ...]
+    #: Simulated seconds.
+    seconds: float
+    #: Samples of leases that came to nothing, in sum over shards.
+    discarded: int
+
+
+@dataclass(slots=True)
+class _Spent:
+    macs: int = 0
+    leases: int = 0
+    samples: dict[ShardId, int] = field(default_factory=dict)
+
+
+class Rehearsal:
+    """Runs a spec on devices that are simulated but for their training; the simulation's `Training`."""
+
+    def __init__(
+        self,
+        spec: RunSpec,
+        devices: Sequence[RehearsedDevice],
+        *,
+        source: str,
+        root: Path | None = None,
+        limit: int | None = None,
+        threads: int = 1,
+        seed: int = 0,
+        on_lease: Callable[[float], None] | None = None,
+    ) -> None:
+        """
+        Args:
+            source: of the data, as `--data` takes it.
+            on_lease: told after each lease which part of the run is trained, 0..1.
+
+        Raises:
+            DataError: the data cannot be used.
+        """
+        self.spec = spec
+        self._identities = [_identity(seed, index) for index in range(len(devices))]
+        self.devices = tuple(identity.device for identity in self._identities)
+        self._workshops: list[Workshop] = []
+        plans = []
+        for device in devices:
+            workshop = Workshop()
+            told = workshop.configure(
+                {
+                    "spec": spec.encode(),
+                    "source": source,
+                    "root": str(root) if root else None,
+                    "share": str(device.share) if device.share else None,
+                    "limit": limit,
+                    "download": False,
+                    "folder": ".",
+                    "threads": threads,
+                    "niceness": 0,
+                    "duty": 1.0,
+                }
+            )
+            self._workshops.append(workshop)
+            plans.append(
+                DevicePlan(
+                    speed=device.speed,
+                    class_counts=tuple(told["class_counts"]),
+                    prefer=device.prefer,
+                    tasks=device.tasks,
+                )
+            )
+        self._spent = [_Spent() for _ in devices]
+        self._blobs: dict[str, bytes] = {}
+        self._seed = seed
+        self._on_lease = on_lease
+        self._budget = sum(spec.budget(shard) for shard in spec.shards)
+        scenario = Scenario(name="rehearsal", devices=tuple(plans), spec=spec, limit_s=float("inf"))
+        self._simulation = Simulation(scenario, seed, self)
+
+    def run(self) -> Rehearsed:
+        """The run from its beginning to its end, and the model that its devices assemble.
+
+        Raises:
+            Broken: a promise of the protocol does not hold.
+        """
+        outcome = self._simulation.run()
+        device = self._simulation.devices[0]
+        ledger = device.coordinator.ledger
+        frontiers = {shard: ledger.frontier(shard) for shard in self.spec.shards}
+        model = self._workshops[0].assemble({"frontiers": _encoded(frontiers)}, self._blobs)
+        return Rehearsed(
+            model=model["data"],
+            devices=tuple(
+                DeviceTally(
+                    macs=spent.macs, samples=spent.samples, sent_bytes=device.sent_bytes, leases=spent.leases
+                )
+                for spent, device in zip(self._spent, self._simulation.devices, strict=True)
+            ),
+            seconds=outcome.finished_at,
+            discarded=outcome.discarded,
+        )
+
+    # The simulation's port
+
+    def duration_s(self, device: Device, plan: JobPlan) -> float:
+        """See `simulation.Training`."""
+        return self._macs(device, plan) / device.plan.speed
+
+    def train(self, device: Device, plan: JobPlan) -> tuple[Contribution, ...]:
+        """See `simulation.Training`."""
+        spent = self._spent[device.index]
+        if sum(one.leases for one in self._spent) % _PRUNE_EVERY == 0:
+            self._prune(plan)
+        frontiers: dict[ShardId, Sequence[Contribution]] = {job.shard: job.parents for job in plan.shards}
+        frontiers.setdefault(STEM, plan.stem)
+        fields = {
+            "shards": [job.shard for job in plan.shards],
+            "frontiers": _encoded(frontiers),
+            "samples": plan.samples,
+            "progress": {job.shard: job.progress for job in plan.shards},
+            "seed": (self._seed * 1000 + device.index) * 100_000 + spent.leases,
+        }
+        outcome = self._workshops[device.index].train(fields, self._blobs, lambda _samples, _losses: True)
+        spent.macs += outcome["macs"]
+        spent.leases += 1
+        made = []
+        for job in plan.shards:
+            spent.samples[job.shard] = spent.samples.get(job.shard, 0) + outcome["samples"]
+            made.append(self._contribution(device, plan, job.shard, outcome))
+        if self._on_lease is not None:
+            done = sum(sum(one.samples.values()) for one in self._spent)
+            self._on_lease(min(1.0, done / self._budget))
+        return tuple(made)
+
+    def discard(self, device: Device, plan: JobPlan, fraction: float) -> None:
+        """See `simulation.Training`."""
+        self._spent[device.index].macs += round(fraction * self._macs(device, plan))
+
+    def _contribution(
+        self, device: Device, plan: JobPlan, shard: ShardId, outcome: Mapping[str, Any]
+    ) -> Contribution:
+        job = next(job for job in plan.shards if job.shard == shard)
+        trained = outcome["shards"][shard]
+        digest = hashlib.sha256(trained["data"]).hexdigest()
+        self._blobs[digest] = trained["data"]
+        return sign_contribution(
+            self._identities[device.index],
+            run_id=self.spec.run_id,
+            shard=shard,
+            generation=job.generation,
+            seen=job.seen(device.id, outcome["samples"]),
+            lease_samples=outcome["samples"],
+            stem_digest=plan.stem_digest,
+            tensors_digest=digest,
+            tensors_bytes=len(trained["data"]),
+            loss=trained["loss"],
+            accuracy=trained["accuracy"],
+        )
+
+    def _macs(self, device: Device, plan: JobPlan) -> int:
+        """MACs of a lease, without those of trying its result."""
+        shards = [job.shard for job in plan.shards]
+        thinned = Thinning.of(self.spec, shards).offered_per_trained(self._workshops[device.index].train_data)
+        return round(plan.samples / thinned * cost.training_macs(self.spec, shards))
+
+    def _prune(self, beginning: JobPlan) -> None:
+        """Forget tensors that no device holds, is about to be given, or has begun its lease with."""
+        devices = self._simulation.devices
+        kept = {digest for device in devices for digest in device.held}
+        for device in devices:
+            kept.update(entry.tensors_digest for entry in device.coordinator.ledger.entries.values())
+        for plan in (beginning, *(device.job for device in devices)):
+            if plan is not None:
+                kept.update(entry.tensors_digest for entry in plan.stem)
+                kept.update(entry.tensors_digest for job in plan.shards for entry in job.parents)
+        self._blobs = {digest: data for digest, data in self._blobs.items() if digest in kept}
+
+
+def _identity(seed: int, index: int) -> Identity:
+    """The same in every rehearsal with this seed, so that it replays to the byte."""
+    return Identity.from_bytes(hashlib.sha256(f"rehearsal/{seed}/{index}".encode()).digest())
+
+
+def _encoded(frontiers: Mapping[ShardId, Sequence[Contribution]]) -> dict[str, list[bytes]]:
+    return {shard: [encode_contribution(one) for one in some] for shard, some in frontiers.items()}

@@ -1,0 +1,73 @@
+"""What simulated devices do in their leases."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Protocol
+
+from ..coordinator import JobPlan
+from ..ledger import Contribution
+from ..run import STEM, DeviceId, RunSpec
+
+if TYPE_CHECKING:
+    from .devices import Device
+
+
+class Training(Protocol):
+    """The port through which the simulation trains."""
+
+    @property
+    def devices(self) -> Sequence[DeviceId]:
+        """The devices' ids, in the order of the scenario's devices."""
+
+    def duration_s(self, device: Device, plan: JobPlan) -> float:
+        """Simulated seconds that a lease takes."""
+
+    def train(self, device: Device, plan: JobPlan) -> tuple[Contribution, ...]:
+        """A lease's contributions, in the order of the plan's shards; called when the lease ends."""
+
+    def discard(self, device: Device, plan: JobPlan, fraction: float) -> None:
+        """A lease was stopped after this fraction of it, and came to nothing."""
+
+
+class PretendedTraining:
+    """Takes its time and makes digests of nothing: for tests of the protocol.
+
+    A sample costs 3 units on the stem, and 1 plus 1 per branch in a bundle; a device's speed is in units per
+    second.
+    """
+
+    def __init__(self, spec: RunSpec, rng: random.Random, devices: int) -> None:
+        self._run_id = spec.run_id
+        self._rng = rng
+        self.devices = tuple(DeviceId(f"{rng.getrandbits(128):032x}") for _ in range(devices))
+
+    def duration_s(self, device: Device, plan: JobPlan) -> float:
+        """See `Training`."""
+        stem = plan.shards[0].shard == STEM
+        return plan.samples * (3 if stem else 1 + len(plan.shards)) / device.plan.speed
+
+    def train(self, device: Device, plan: JobPlan) -> tuple[Contribution, ...]:
+        """See `Training`."""
+        return tuple(
+            Contribution(
+                run_id=self._run_id,
+                shard=job.shard,
+                device=device.id,
+                public_key=b"",
+                generation=job.generation,
+                seen=job.seen(device.id, plan.samples),
+                lease_samples=plan.samples,
+                stem_digest=plan.stem_digest,
+                tensors_digest=f"{self._rng.getrandbits(256):064x}",
+                tensors_bytes=1,
+                loss=0.0,
+                accuracy=0.0,
+                signature=b"",
+            )
+            for job in plan.shards
+        )
+
+    def discard(self, device: Device, plan: JobPlan, fraction: float) -> None:
+        """See `Training`."""

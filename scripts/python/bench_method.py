@@ -1,0 +1,135 @@
+"""The method against central training; see scripts/bench-method."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from bench_demo import processor
+from method import report
+from method.columns import run_column
+from method.configuration import Configuration
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from p2pcollab.errors import P2PCollabError
+from p2pcollab.files import write_atomic
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--dataset", default="digits", help="name of the data set in the tables")
+    parser.add_argument("--data", help="where it comes from, as `p2pcollab new --data`; default: the name")
+    parser.add_argument("--data-root", type=Path, help="where torchvision's sets are kept")
+    parser.add_argument("--model", default="alexnet", help="network family")
+    parser.add_argument("--devices", type=int, help="default: one for each task, and one")
+    parser.add_argument("--partition", choices=["iid"], default="iid", help="how they divide the data")
+    parser.add_argument("--epochs", type=float, default=12.0)
+    parser.add_argument("--limit", type=int, help="training images, the classes in proportion; default: all")
+    parser.add_argument("--seeds", default="0,1,2", help="separated by commas")
+    parser.add_argument("--columns", default="ABCD", help="which of the four to train")
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="FIELD=NUMBER",
+        dest="settings",
+        help="a field of the run spec's model or schedule, classes_per_task or lease_batches",
+    )
+    parser.add_argument("--name", default="default", help="name of these settings in the tables")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument(
+        "--results",
+        type=Path,
+        default=Path("build/bench-method"),
+        help="where each result goes; one that is there is not made again",
+    )
+    parser.add_argument("--json", type=Path, help="put the row into this file, in place of an older one")
+    parser.add_argument("--plot", type=Path, help="plot all rows of --json into this SVG file")
+    return parser.parse_args()
+
+
+def main() -> int:
+    options = parse()
+    settings = dict(_setting(text) for text in options.settings)
+    source = options.data or options.dataset
+    probe = Configuration(
+        dataset=options.dataset, source=source, root=options.data_root, model=options.model,
+        name=options.name, epochs=options.epochs, limit=options.limit, devices=options.devices or 0,
+        partition=options.partition, settings=settings,
+    )  # fmt: skip
+    devices = options.devices or len(probe.spec(0).tasks) + 1
+    configuration = replace(probe, devices=devices)
+    options.results.mkdir(parents=True, exist_ok=True)
+    seeds = [int(text) for text in options.seeds.split(",")]
+    columns: dict[str, list[dict[str, Any]]] = {}
+    with Progress(
+        TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:3.0f} %"),
+        TimeElapsedColumn(), TimeRemainingColumn(),
+    ) as progress:  # fmt: skip
+        for seed in seeds:
+            for column in options.columns:
+                path = options.results / f"{configuration.key(column, seed)}.json"
+                task = progress.add_task(f"{options.model} {options.name} {column}, seed {seed}", total=1.0)
+                if not path.exists():
+                    result = run_column(
+                        configuration, column, seed, options.threads,
+                        lambda done, task=task: progress.update(task, completed=done),
+                    )  # fmt: skip
+                    write_atomic(
+                        path, (json.dumps(result | {"machine": _machine()}, indent=1) + "\n").encode()
+                    )
+                progress.update(task, completed=1.0)
+                columns.setdefault(column, []).append(json.loads(path.read_text()))
+    row = report.row(options.dataset, options.model, options.name, options.epochs, columns)
+    print(report.line(row))
+    if options.json:
+        _put(options.json, row)
+        rows = json.loads(options.json.read_text())["rows"]
+        options.json.with_suffix(".table.md").write_text(report.markdown(rows))
+        if options.plot:
+            report.plot(rows, options.plot)
+    return 0
+
+
+def _setting(text: str) -> tuple[str, float]:
+    name, _, value = text.partition("=")
+    try:
+        return name, float(value)
+    except ValueError:
+        raise SystemExit(f"--set takes FIELD=NUMBER, not {text!r}") from None
+
+
+def _put(path: Path, row: dict[str, Any]) -> None:
+    """Put a row into the file, in place of one of the same data set, model, configuration and size."""
+    keys = ("dataset", "model", "config", "epochs", "train_images")
+    rows = json.loads(path.read_text())["rows"] if path.exists() else []
+    rows = [other for other in rows if any(other[key] != row[key] for key in keys)] + [row]
+    rows.sort(key=lambda one: tuple(str(one[key]) for key in keys))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({"rows": rows, "machine": _machine()}, indent=1) + "\n")
+
+
+def _machine() -> dict[str, Any]:
+    return {
+        "processor": processor(),
+        "cores": os.cpu_count(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+    }
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except P2PCollabError as error:
+        sys.exit(f"error: {error}")

@@ -1,0 +1,196 @@
+"""The four columns: central dense (A), grouped (B), decoupled (C), and assembled from devices (D)."""
+
+from __future__ import annotations
+
+import multiprocessing
+import resource
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from typing import Any, Final
+
+import torch
+
+from p2pcollab import cost
+from p2pcollab.assembly import load_model
+from p2pcollab.central import Central, train_decoupled, train_dense, train_grouped
+from p2pcollab.daemon.rehearsal import Rehearsal, RehearsedDevice
+from p2pcollab.data import ArrayDataset, load
+from p2pcollab.data.batches import Thinning, batches, eval_batches, offered_batch
+from p2pcollab.data.partition import Share
+from p2pcollab.models import initial_shard
+from p2pcollab.run import STEM, RunSpec, ShardId
+from p2pcollab.training import accuracy, train_branches
+
+from .configuration import Configuration
+
+OnProgress = Callable[[float], None]
+"""Told which part of a column is trained, 0..1."""
+
+_CENTRAL: Final[Mapping[str, Callable[..., Central]]] = {
+    "A": train_dense,
+    "B": train_grouped,
+    "C": train_decoupled,
+}
+#: Steps of one timing, and how often the two networks take turns.
+_TIMED_STEPS: Final = 6
+_TURNS: Final = 5
+
+
+def run_column(
+    configuration: Configuration, column: str, seed: int, threads: int, on_progress: OnProgress
+) -> dict[str, Any]:
+    """Train one column with one seed; JSON values."""
+    torch.set_num_threads(threads)
+    spec = configuration.spec(seed)
+    started = time.monotonic()
+    if column == "D":
+        result = _assembled(configuration, spec, seed, threads, on_progress)
+    else:
+        result = _central(configuration, spec, column, seed, on_progress)
+    return result | {
+        "column": column,
+        "seed": seed,
+        "seconds": time.monotonic() - started,
+        "threads": threads,
+        "spec": spec.model_dump(mode="json"),
+    }
+
+
+def _central(
+    configuration: Configuration, spec: RunSpec, column: str, seed: int, on_progress: OnProgress
+) -> dict[str, Any]:
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    data = load(configuration.source, spec, configuration.root, limit=configuration.limit)
+    budget = spec.schedule.budget_samples
+
+    def on_step(done: int, _losses: object) -> bool:
+        on_progress(done / budget)
+        return True
+
+    source = batches(data.train, spec, seed=seed, samples=budget)
+    trained = _CENTRAL[column](spec, source, device=device, on_step=on_step)
+    return {
+        "accuracy": accuracy(trained.model, eval_batches(data.test, spec), device),
+        "macs": trained.macs,
+        "train_images": len(data.train),
+        "test_images": len(data.test),
+    }
+
+
+def _assembled(
+    configuration: Configuration, spec: RunSpec, seed: int, threads: int, on_progress: OnProgress
+) -> dict[str, Any]:
+    devices = [
+        RehearsedDevice(speed=1e10, share=Share(index + 1, configuration.devices))
+        for index in range(configuration.devices)
+    ]
+    rehearsed = Rehearsal(
+        spec,
+        devices,
+        source=configuration.source,
+        root=configuration.root,
+        limit=configuration.limit,
+        threads=threads,
+        seed=seed,
+        on_lease=on_progress,
+    ).run()
+    loaded = load_model(rehearsed.model)
+    data = load(configuration.source, spec, configuration.root, limit=configuration.limit)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    tasks = [ShardId(task.id) for task in spec.tasks]
+    return {
+        "accuracy": accuracy(loaded.model, eval_batches(data.test, spec), device),
+        "macs": sum(tally.macs for tally in rehearsed.devices),
+        "devices": [
+            {
+                "macs": tally.macs,
+                "samples": dict(tally.samples),
+                "sent_bytes": tally.sent_bytes,
+                "leases": tally.leases,
+            }
+            for tally in rehearsed.devices
+        ],
+        "discarded": rehearsed.discarded,
+        "train_images": len(data.train),
+        "test_images": len(data.test),
+        "inference_macs": cost.evaluation_macs(spec, tasks),
+        "dense_inference_macs": cost.macs_dense(spec),
+        "parameters": sum(parameter.numel() for parameter in loaded.model.parameters()),
+        "timing": _timing(spec, data.train),
+        "peak_rss_bytes": {kind: _peak_rss_bytes(spec, kind) for kind in ("sub-model", "dense")},
+    }
+
+
+def _timing(spec: RunSpec, data: ArrayDataset) -> dict[str, float]:
+    """Seconds of an epoch on one core: of the dense network, and of a sub-model with one task; in turns."""
+    torch.set_num_threads(1)
+    seconds: dict[str, list[float]] = {"sub-model": [], "dense": []}
+    for _ in range(_TURNS):
+        for kind, times in seconds.items():
+            times.append(_epoch_seconds(spec, data, kind))
+    medians = {kind: statistics.median(times) for kind, times in seconds.items()}
+    return {
+        "sub_model_epoch_s": medians["sub-model"],
+        "dense_epoch_s": medians["dense"],
+        "ratio": medians["dense"] / medians["sub-model"],
+    }
+
+
+def _epoch_seconds(spec: RunSpec, data: ArrayDataset, kind: str) -> float:
+    """Extrapolated from some steps, after one that prepares kernels and memory."""
+    marks: list[float] = []
+
+    def on_step(_done: int, _losses: object) -> bool:
+        marks.append(time.perf_counter())
+        return len(marks) <= _TIMED_STEPS
+
+    _train_steps(spec, data, kind, on_step)
+    steps = len(data) / offered_batch(data, spec)
+    return steps * (marks[-1] - marks[0]) / (len(marks) - 1)
+
+
+def _train_steps(
+    spec: RunSpec, data: ArrayDataset, kind: str, on_step: Callable[[int, object], bool]
+) -> None:
+    samples = 2 * (_TIMED_STEPS + 1) * offered_batch(data, spec)
+    if kind == "dense":
+        train_dense(spec, batches(data, spec, seed=0, samples=samples), on_step=on_step)
+        return
+    task = ShardId(spec.tasks[0].id)
+    train_branches(
+        spec,
+        initial_shard(spec, STEM),
+        {task: initial_shard(spec, task)},
+        batches(data, spec, seed=0, samples=samples, thinning=Thinning.of(spec, [task])),
+        start_progress={task: 0.0},
+        samples=samples,
+        batch_offered=offered_batch(data, spec),
+        on_step=on_step,
+    )
+
+
+def _peak_rss_bytes(spec: RunSpec, kind: str) -> int:
+    """Peak memory of a process that trains a few steps of one of the two."""
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        return pool.apply(_measure_peak, (spec.encode(), kind))
+
+
+def _measure_peak(encoded: bytes, kind: str) -> int:
+    import numpy as np
+
+    torch.set_num_threads(1)
+    spec = RunSpec.decode(encoded)
+    count = 4 * spec.schedule.batch_size
+    shape = (count, spec.input.channels, spec.input.height, spec.input.width)
+    images = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
+    data = ArrayDataset(images=images, labels=np.arange(count) % len(spec.classes))
+    steps = 0
+
+    def on_step(_done: int, _losses: object) -> bool:
+        nonlocal steps
+        steps += 1
+        return steps < _TIMED_STEPS
+
+    _train_steps(spec, data, kind, on_step)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

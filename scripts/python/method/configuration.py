@@ -1,0 +1,81 @@
+"""One configuration of the benchmark, and the run spec that it stands for."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from p2pcollab.data import inspect
+from p2pcollab.planning import PlanOptions, plan_run
+from p2pcollab.run import ModelSpec, RunSpec, Schedule
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Configuration:
+    """What is trained."""
+
+    #: Name of the data set in the tables.
+    dataset: str
+    source: str
+    root: Path | None
+    model: str
+    #: Name of the settings in the tables.
+    name: str
+    epochs: float
+    limit: int | None
+    devices: int
+    partition: str
+    #: Fields of the run spec's model, schedule or tasks that differ from the defaults.
+    settings: Mapping[str, float]
+
+    def spec(self, seed: int) -> RunSpec:
+        """The run spec: that of `p2pcollab new` with these options, but for the settings."""
+        settings = dict(self.settings)
+        per_task = settings.pop("classes_per_task", None)
+        lease_batches = settings.pop("lease_batches", None)
+        info = inspect(self.source, self.root)
+        images = min(self.limit or info.train_images, info.train_images)
+        options = PlanOptions(
+            family=self.model,
+            epochs=self.epochs,
+            expected_samples=images,
+            seed=seed,
+            classes_per_task=None if per_task is None else int(per_task),
+        )
+        spec = plan_run(f"{self.dataset} {self.model}", info, options)
+        if lease_batches is not None:
+            settings["lease_samples"] = lease_batches * spec.schedule.batch_size
+        model, schedule = spec.model, spec.schedule
+        for name, value in settings.items():
+            if name in ModelSpec.model_fields:
+                model = model.model_copy(update={name: _as(getattr(model, name), value)})
+            elif name in Schedule.model_fields:
+                schedule = schedule.model_copy(update={name: _as(getattr(schedule, name), value)})
+            else:
+                raise SystemExit(f"--set: a run spec has no field {name!r}")
+        changed = spec.model_copy(update={"model": model, "schedule": schedule})
+        return RunSpec.decode(changed.encode())  # validated as a whole
+
+    def key(self, column: str, seed: int) -> str:
+        """Name of a result: equal for equal work. The dense network's depends on nothing of the branches."""
+        spec = self.spec(seed).model_dump(mode="json")
+        spec.pop("name")
+        if column == "A":
+            for field in ("stem_stages", "stem_width", "branch_width"):
+                spec["model"].pop(field)
+            for field in ("lease_samples", "stem_seal_fraction", "negatives"):
+                spec["schedule"].pop(field)
+            spec.pop("tasks")
+        described: dict[str, Any] = {"spec": spec, "source": self.source, "limit": self.limit}
+        if column == "D":
+            described |= {"devices": self.devices, "partition": self.partition}
+        digest = hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()
+        return f"{self.dataset}-{self.model}-{column}-{seed}-{digest[:12]}"
+
+
+def _as(before: object, value: float) -> object:
+    return int(value) if isinstance(before, int) else float(value)

@@ -1,0 +1,145 @@
+"""Results of several seeds as rows, a table for the terminal, Markdown and a plot."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+Result = Mapping[str, Any]
+
+
+def row(
+    dataset: str, model: str, name: str, epochs: float, columns: Mapping[str, Sequence[Result]]
+) -> dict[str, Any]:
+    """What the seeds of one configuration have in common, and how they differ. Percent and ratios.
+
+    Args:
+        columns: results by column, in the order of the seeds; some may be missing.
+    """
+    made: dict[str, Any] = {"dataset": dataset, "model": model, "config": name, "epochs": epochs}
+    seeds = sorted({result["seed"] for results in columns.values() for result in results})
+    made["seeds"] = seeds
+    first = next(result for results in columns.values() for result in results)
+    made["train_images"] = first["train_images"]
+    for column in "ABCD":
+        accuracies = [100 * result["accuracy"] for result in columns.get(column, ())]
+        made[f"{column}_mean"] = statistics.fmean(accuracies) if accuracies else None
+        made[f"{column}_sd"] = statistics.stdev(accuracies) if len(accuracies) > 1 else None
+        made[f"{column}_seeds"] = len(accuracies)
+    dense = statistics.fmean(result["macs"] for result in columns["A"]) if columns.get("A") else None
+    assembled = columns.get("D", ())
+    if assembled and dense:
+        macs = [device["macs"] for result in assembled for device in result["devices"]]
+        made |= {
+            "devices": len(assembled[0]["devices"]),
+            "saving_min": dense / max(macs),
+            "saving_median": dense / statistics.median(macs),
+            "saving_max": dense / min(macs),
+            "network_macs_ratio": statistics.fmean(result["macs"] for result in assembled) / dense,
+        }
+    if assembled:
+        made |= {
+            "epoch_seconds_ratio": statistics.median(result["timing"]["ratio"] for result in assembled),
+            "epoch_seconds_sub_model": statistics.median(
+                result["timing"]["sub_model_epoch_s"] for result in assembled
+            ),
+            "epoch_seconds_dense": statistics.median(
+                result["timing"]["dense_epoch_s"] for result in assembled
+            ),
+            "bytes_sent_median": statistics.median(
+                device["sent_bytes"] for result in assembled for device in result["devices"]
+            ),
+            "peak_rss_bytes": assembled[0]["peak_rss_bytes"],
+            "inference_macs_ratio": assembled[0]["inference_macs"] / assembled[0]["dense_inference_macs"],
+            "parameters": assembled[0]["parameters"],
+        }
+    made["model_settings"] = (assembled or columns.get("C") or [first])[0]["spec"]["model"]
+    made["schedule"] = (assembled or columns.get("C") or [first])[0]["spec"]["schedule"]
+    return made
+
+
+def line(one: Mapping[str, Any]) -> str:
+    """A row for the terminal."""
+    columns = "  ".join(f"{column} {_percent(one, column)}" for column in "ABCD")
+    savings = (
+        f"  saving {one['saving_min']:.1f}/{one['saving_median']:.1f}/{one['saving_max']:.1f}x"
+        if "saving_min" in one
+        else ""
+    )
+    return f"{one['dataset']} {one['model']} {one['config']}: {columns}{savings}"
+
+
+def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
+    """The rows as a Markdown table."""
+    head = (
+        "| data | model | configuration | epochs | seeds | A dense | B grouped | C decoupled "
+        "| **D assembled** | D - A "
+        "| saving min / median / max | epoch, one core | sent per device | all devices |\n"
+        "|---|---|---|---|---|---|---|---|---|---|---|---|---|---|\n"
+    )
+    return head + "".join(_markdown_row(one) for one in rows)
+
+
+def _markdown_row(one: Mapping[str, Any]) -> str:
+    def known(key: str, text: str) -> str:
+        return text.format(one[key]) if one.get(key) is not None else "-"
+
+    gap = (
+        f"{one['D_mean'] - one['A_mean']:+.2f}"
+        if one.get("D_mean") is not None and one.get("A_mean") is not None
+        else "-"
+    )
+    saving = " / ".join(known(key, "{:.1f}x") for key in ("saving_min", "saving_median", "saving_max"))
+    sent = f"{one['bytes_sent_median'] / 1e6:.0f} MB" if one.get("bytes_sent_median") is not None else "-"
+    cells = [
+        f"{one['dataset']} ({one['train_images']:,})",
+        one["model"],
+        one["config"],
+        f"{one['epochs']:g}",
+        str(len(one["seeds"])),
+        *(_percent(one, column) for column in "ABC"),
+        f"**{_percent(one, 'D')}**",
+        gap,
+        saving,
+        known("epoch_seconds_ratio", "{:.1f}x faster"),
+        sent,
+        known("network_macs_ratio", "{:.2f} of A"),
+    ]
+    return "| " + " | ".join(cells) + " |\n"
+
+
+def _percent(one: Mapping[str, Any], column: str) -> str:
+    mean, sd = one.get(f"{column}_mean"), one.get(f"{column}_sd")
+    if mean is None:
+        return "-"
+    return f"{mean:.2f} ± {sd:.2f}" if sd is not None else f"{mean:.2f}"
+
+
+def plot(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """Accuracy against the median device's training MACs, relative to the dense network's."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(7.5, 4.5))
+    for one in rows:
+        if "saving_median" not in one:
+            continue
+        axes.errorbar(
+            one["saving_median"],
+            one["D_mean"] - one["A_mean"],
+            yerr=one["D_sd"] or 0.0,
+            fmt="o",
+            capsize=3,
+            label=f"{one['dataset']} {one['model']} {one['config']}",
+        )
+    axes.axhline(0.0, color="grey", linewidth=1)
+    axes.axvline(11.8, color="grey", linewidth=1, linestyle=":")
+    axes.set_xlabel("times less training computation than the dense network, median device")
+    axes.set_ylabel("assembled minus dense, points")
+    axes.legend(fontsize=7)
+    figure.tight_layout()
+    figure.savefig(path, metadata={"Date": None})

@@ -1,0 +1,49 @@
+"""A rehearsed run is what real devices do: the same budgets, the same cost, as good a model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import digits_runs as runs
+import pytest
+
+from p2pcollab.daemon.fleet import Fleet
+from p2pcollab.daemon.rehearsal import Rehearsal, Rehearsed, RehearsedDevice
+from p2pcollab.data.partition import Share
+from p2pcollab.run import RunSpec
+
+DEVICES = 3
+
+
+def _rehearse(spec: RunSpec, seed: int = 0) -> Rehearsed:
+    devices = [RehearsedDevice(speed=1e8, share=Share(index + 1, DEVICES)) for index in range(DEVICES)]
+    return Rehearsal(spec, devices, source="digits", seed=seed).run()
+
+
+def test_a_rehearsal_replays_to_the_byte() -> None:
+    spec = runs.digits_spec("replayed", epochs=2)
+    assert _rehearse(spec, seed=3) == _rehearse(spec, seed=3)
+
+
+def test_a_rehearsal_agrees_with_real_daemons(tmp_path: Path) -> None:
+    spec = runs.digits_spec("agreement", epochs=8)
+    rehearsed = _rehearse(spec)
+    with Fleet() as fleet:
+        devices = [
+            runs.add_digits(fleet, f"device{index}", tmp_path, f"{index + 1}/{DEVICES}")
+            for index in range(DEVICES)
+        ]
+        code = runs.create(devices[0], spec)
+        for device in devices[1:]:
+            device.start(mode="join", code=code)
+        runs.complete(*devices)
+        real_macs = sum(runs.status(device)["counters"]["training_macs"] for device in devices)
+        real_model = devices[0].assemble().data
+        real_samples = sum(runs.seen(devices[0]).values())
+
+    # Chance is 0.1, and seeds differ by about a point.
+    assert runs.digits_accuracy(real_model) > 0.9
+    assert runs.digits_accuracy(rehearsed.model) == pytest.approx(runs.digits_accuracy(real_model), abs=0.04)
+    samples = sum(sum(tally.samples.values()) for tally in rehearsed.devices)
+    assert samples == pytest.approx(real_samples, rel=0.05)
+    assert sum(tally.macs for tally in rehearsed.devices) == pytest.approx(real_macs, rel=0.15)
