@@ -73,8 +73,8 @@ class AudioSpec(Frozen):
     window_ms: Annotated[int, Field(ge=10, le=200)] = 25
     bands: Annotated[int, Field(ge=8, le=128)] = 40
     #: The energies that become 0 and 255. A sine at full scale has about 34 dB.
-    floor_db: Annotated[float, Field(ge=-200.0, le=0.0)] = -60.0
-    top_db: Annotated[float, Field(ge=20.0, le=200.0)] = 40.0
+    floor_db: Annotated[float, Field(ge=-120.0, le=0.0)] = -60.0
+    top_db: Annotated[float, Field(ge=20.0, le=120.0)] = 40.0
 
     @model_validator(mode="after")
     def _consistent(self) -> AudioSpec:

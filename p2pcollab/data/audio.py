@@ -27,9 +27,9 @@ if TYPE_CHECKING:
 Samples = npt.NDArray[np.float32]
 """One channel, float32 [S], -1..1 where nothing is overdriven."""
 
-SUFFIXES: Final = frozenset({".wav", ".flac", ".ogg", ".mp3"})
+SUFFIXES: Final = frozenset({".wav", ".flac", ".ogg", ".opus", ".mp3"})
 #: What libsndfile may try, whatever the file is called.
-FORMATS: Final = frozenset({"WAV", "WAVEX", "RF64", "FLAC", "OGG", "MP3", "MPEG"})
+FORMATS: Final = frozenset({"WAV", "WAVEX", "RF64", "FLAC", "OGG", "MP3"})
 
 _DB_PER_NEPER: Final = 10 / math.log(10)
 

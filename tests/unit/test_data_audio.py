@@ -84,7 +84,7 @@ def test_whatever_a_spec_allows_the_library_computes(rate, hop_ms, window_ms, ba
 # Files
 
 
-@pytest.mark.parametrize("name", ["a.wav", "a.flac", "a.ogg", "a.WAV"])
+@pytest.mark.parametrize("name", ["a.wav", "a.flac", "a.ogg", "a.mp3", "a.WAV"])
 def test_every_format_is_read(tmp_path, name):
     path = write_sound(tmp_path / name, tone(700))
     levels = decoded(path).astype(int)

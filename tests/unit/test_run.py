@@ -15,7 +15,18 @@ from hypothesis import strategies as st
 
 from p2pcollab import limits
 from p2pcollab.errors import IncompatibleError, PeerError, UsageError
-from p2pcollab.run import STEM, InputSpec, JoinCode, ModelSpec, RunId, RunSpec, Schedule, ShardId, TaskSpec
+from p2pcollab.run import (
+    STEM,
+    AudioSpec,
+    InputSpec,
+    JoinCode,
+    ModelSpec,
+    RunId,
+    RunSpec,
+    Schedule,
+    ShardId,
+    TaskSpec,
+)
 
 SPEC = RunSpec(
     name="pets",
@@ -42,6 +53,19 @@ json_values = st.recursive(
 ALPHABET = "ABCDEFGHIJKLMNOPQRSTUVWXYZ234567"
 
 
+CLIPS = InputSpec(
+    channels=1, height=40, width=100, mean=(0.5,), std=(0.25,), augment="speech", audio=AudioSpec()
+)
+
+
+def _clips(**changes: Any) -> bytes:
+    """A run of clips whose input, or whose `audio`, is altered."""
+    fields = CLIPS.model_dump(mode="json")
+    audio = {name: value for name, value in changes.items() if name in AudioSpec.model_fields}
+    rest = {name: value for name, value in changes.items() if name not in audio}
+    return _altered(input=fields | {"audio": fields["audio"] | audio} | rest)
+
+
 def _altered(**changes: Any) -> bytes:
     fields = json.loads(SPEC.encode()) | changes
     return json.dumps(fields, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
@@ -52,6 +76,50 @@ def test_run_spec_round_trip_keeps_bytes_and_id() -> None:
     assert decoded == SPEC
     assert decoded.encode() == SPEC.encode()
     assert decoded.run_id == SPEC.run_id == hashlib.sha256(SPEC.encode()).hexdigest()
+
+
+def test_a_run_of_clips_is_read_as_it_was_written() -> None:
+    spec = RunSpec.decode(_clips())
+    assert spec.input == CLIPS
+    assert spec.encode() == _clips()
+
+
+def test_a_run_of_images_says_nothing_of_audio() -> None:
+    assert b"audio" not in SPEC.encode()
+    with pytest.raises(PeerError):
+        RunSpec.decode(_altered(input=SPEC.input.model_dump(mode="json")))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"sample_rate_hz": 16_001},
+        {"sample_rate_hz": 1_000_000},
+        {"clip_ms": 10_010},
+        {"clip_ms": 1_005},
+        {"hop_ms": 0},
+        {"window_ms": 5},
+        {"hop_ms": 50, "width": 20},
+        {"bands": 80, "height": 80, "sample_rate_hz": 8000},
+        {"bands": 39},
+        {"height": 39},
+        {"width": 99},
+        {"channels": 3, "mean": [0.5] * 3, "std": [0.25] * 3},
+        {"floor_db": -1e30},
+        {"top_db": -60.0},
+        {"augment": "crop-flip"},
+        {"augment": "shift"},
+        {"extra": 1},
+    ],
+)
+def test_settings_of_clips_that_cannot_be_are_the_peers_fault(changes: dict[str, Any]) -> None:
+    with pytest.raises(PeerError, match="not valid"):
+        RunSpec.decode(_clips(**changes))
+
+
+def test_images_are_not_augmented_like_speech() -> None:
+    with pytest.raises(PeerError, match="images cannot be augmented like speech"):
+        RunSpec.decode(_altered(input=json.loads(SPEC.encode())["input"] | {"augment": "speech"}))
 
 
 def test_any_difference_makes_another_run() -> None:
