@@ -6,17 +6,22 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Final
+from typing import TYPE_CHECKING, Annotated, Final
 
 import typer
 
 from ..errors import UsageError
+
+if TYPE_CHECKING:
+    from ..grouping import Groups
 
 _DATA: Final = "Data"
 _TRAINING: Final = "What this device trains"
 _NETWORK: Final = "Network"
 _CODE_VARIABLE: Final = "P2PCOLLAB_CODE"
 _SPEECH: Final = "speech-commands:"
+#: A thousand class names of full length.
+_GROUPS_CHARS_MAX: Final = 100_000
 
 State = Annotated[
     Path | None,
@@ -227,3 +232,21 @@ def data_source(given: str | None) -> str | None:
 def folder(given: Path | None) -> Path | None:
     """A folder as an absolute path."""
     return None if given is None else given.expanduser().absolute()
+
+
+def class_groups(path: Path, classes: Sequence[str]) -> Groups:
+    """The tasks that a person wrote into a file.
+
+    Raises:
+        UsageError: the file is not text, or names what the data do not have.
+    """
+    from ..grouping import parse_groups
+
+    try:
+        with path.open(encoding="utf-8") as file:
+            text = file.read(_GROUPS_CHARS_MAX + 1)
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"--groups: {path} cannot be read as text: {error}") from error
+    if len(text) > _GROUPS_CHARS_MAX:
+        raise UsageError(f"--groups: {path} is longer than any run's groups can be")
+    return parse_groups(text, classes)

@@ -103,6 +103,29 @@ def new(
             help="How many classes are trained as a unit.",
         ),
     ] = None,
+    groups: Annotated[
+        Path | None,
+        typer.Option(
+            "--groups",
+            metavar="FILE",
+            exists=True,
+            dir_okay=False,
+            rich_help_panel=_RUN,
+            show_default="classes in their order",
+            help="Which classes are trained as a unit: one task a line, classes separated by commas.",
+        ),
+    ] = None,
+    branches_per_class: Annotated[
+        int,
+        typer.Option(
+            "--branches-per-class",
+            min=1,
+            max=8,
+            metavar="N",
+            rich_help_panel=_RUN,
+            help="More make the model better and survive more lost devices, and take as much more training.",
+        ),
+    ] = 1,
     seed: Annotated[
         int | None,
         typer.Option(
@@ -157,6 +180,8 @@ def new(
         expected_samples=expect_samples or (min(limit, info.train_images) if limit else None),
         image_size=parse_image_size(image_size) if image_size else None,
         classes_per_task=classes_per_task,
+        groups=opt.class_groups(groups, info.classes) if groups else None,
+        branches_per_class=branches_per_class,
         # Two runs that are alike in all else must still be two runs: their id is the digest of the spec.
         seed=seed if seed is not None else secrets.randbelow(2**31),
     )

@@ -10,9 +10,9 @@ from typing import Final
 
 from pydantic import ValidationError
 
-from . import limits
 from .data import SourceInfo, default_input
 from .errors import UsageError
+from .grouping import Groups, sized, tasks
 from .models import FAMILIES, Family
 from .run import InputSpec, RunSpec, Schedule, ShardId, TaskSpec
 
@@ -46,6 +46,10 @@ class PlanOptions:
     #: Height and width of images.
     image_size: tuple[int, int] | None = None
     classes_per_task: int | None = None
+    #: Classes that are trained as a unit; None: consecutive ones.
+    groups: Groups | None = None
+    #: Branches that score each class, each initialised and grouped in its own way.
+    branches_per_class: int = 1
     seed: int = 0
 
 
@@ -63,7 +67,7 @@ def plan_run(name: str, info: SourceInfo, options: PlanOptions) -> RunSpec:
         return RunSpec(
             name=name,
             classes=info.classes,
-            tasks=_tasks(len(info.classes), options.classes_per_task),
+            tasks=_tasks(len(info.classes), options),
             model=family.model,
             input=images,
             schedule=_schedule(family, options.epochs, expected),
@@ -129,20 +133,14 @@ def _family(name: str) -> Family:
     return FAMILIES[name]
 
 
-def _tasks(classes: int, per_task: int | None) -> tuple[TaskSpec, ...]:
-    """Consecutive classes in groups whose sizes differ by at most 1."""
-    size = per_task if per_task is not None else math.ceil(classes / _TASKS_WANTED_MAX)
-    if not 1 <= size <= classes:
-        raise UsageError(f"{size} classes per task do not fit a run of {classes} classes")
-    count = math.ceil(classes / size)
-    if count > limits.TASKS_MAX:
-        fix = f"use --classes-per-task {math.ceil(classes / limits.TASKS_MAX)} or more"
-        raise UsageError(f"{count} tasks are more than {limits.TASKS_MAX}", fix)
-    bounds = [classes * index // count for index in range(count + 1)]
-    return tuple(
-        TaskSpec(id=f"t{index}", classes=tuple(range(bounds[index], bounds[index + 1])))
-        for index in range(count)
-    )
+def _tasks(classes: int, options: PlanOptions) -> tuple[TaskSpec, ...]:
+    if options.groups is not None and options.classes_per_task is not None:
+        raise UsageError("groups and classes per task were both given", "give one of the two")
+    size = options.classes_per_task
+    if size is None:
+        size = math.ceil(classes / _TASKS_WANTED_MAX)
+    groups = options.groups or sized(classes, size)
+    return tasks(groups, options.branches_per_class)
 
 
 def _schedule(family: Family, epochs: float | None, expected: int) -> Schedule:

@@ -18,6 +18,8 @@ from . import limits
 from .errors import IncompatibleError, PeerError, UsageError
 
 PROTOCOL_VERSION: Final = 1
+#: Classes that a task's label names.
+_LABEL_CLASSES_MAX: Final = 5
 
 RunId = NewType("RunId", str)
 """SHA-256 of the encoded run spec, 64 hexadecimal digits."""
@@ -261,10 +263,18 @@ class RunSpec(Frozen):
         return self.schedule.budget_samples
 
     def label(self, shard: ShardId) -> str:
-        """A shard's name for people: `stem`, or its classes joined by `+`."""
+        """A shard's name for people: `stem`, or its classes joined by `+`, and a number where that is taken.
+
+        Long names are cut: a task may have hundreds of classes.
+        """
         if shard == STEM:
             return "stem"
-        return "+".join(self.classes[index] for index in self.task(shard).classes)
+        classes = self.task(shard).classes
+        names = "+".join(self.classes[index] for index in classes[:_LABEL_CLASSES_MAX])
+        if len(classes) > _LABEL_CLASSES_MAX:
+            names += f"+{len(classes) - _LABEL_CLASSES_MAX} more"
+        alike = [ShardId(task.id) for task in self.tasks if task.classes == classes]
+        return names if shard == alike[0] else f"{names} ({alike.index(shard) + 1})"
 
 
 def _first_reason(error: Exception) -> str:

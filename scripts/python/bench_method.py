@@ -31,7 +31,6 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--data-root", type=Path, help="where torchvision's sets are kept")
     parser.add_argument("--model", default="alexnet", help="network family")
     parser.add_argument("--devices", type=int, help="default: one for each task, and one")
-    parser.add_argument("--partition", choices=["iid"], default="iid", help="how they divide the data")
     parser.add_argument("--epochs", type=float, default=12.0)
     parser.add_argument("--limit", type=int, help="training images, the classes in proportion; default: all")
     parser.add_argument("--seeds", default="0,1,2", help="separated by commas")
@@ -44,6 +43,7 @@ def parse() -> argparse.Namespace:
         dest="settings",
         help="a field of the run spec's model or schedule, classes_per_task or lease_batches",
     )
+    parser.add_argument("--groups", type=Path, help="the tasks' classes, as `p2pcollab new --groups`")
     parser.add_argument("--name", default="default", help="name of these settings in the tables")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument(
@@ -64,7 +64,7 @@ def main() -> int:
     probe = Configuration(
         dataset=options.dataset, source=source, root=options.data_root, model=options.model,
         name=options.name, epochs=options.epochs, limit=options.limit, devices=options.devices or 0,
-        partition=options.partition, settings=settings,
+        groups=options.groups, settings=settings,
     )  # fmt: skip
     devices = options.devices or len(probe.spec(0).tasks) + 1
     configuration = replace(probe, devices=devices)

@@ -276,3 +276,19 @@ def test_the_secret_does_not_appear_in_a_join_codes_repr() -> None:
     code = JoinCode.create(b"sixteen bytes ok", SPEC.run_id)
     assert "sixteen" not in repr(code)
     assert b"sixteen".hex() not in repr(code)
+
+
+def test_labels_of_tasks_tell_them_apart_and_stay_short() -> None:
+    names = tuple(f"class {index}" for index in range(8))
+    tasks = (
+        TaskSpec(id="t0", classes=(0, 1)),
+        TaskSpec(id="t1", classes=tuple(range(8))),
+        TaskSpec(id="t2", classes=(0, 1)),
+    )
+    spec = SPEC.model_copy(update={"classes": names, "tasks": tasks})
+    assert [spec.label(shard) for shard in spec.shards] == [
+        "stem",
+        "class 0+class 1",
+        "class 0+class 1+class 2+class 3+class 4+3 more",
+        "class 0+class 1 (2)",
+    ]

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from p2pcollab.data import inspect
+from p2pcollab.grouping import parse_groups
 from p2pcollab.planning import PlanOptions, plan_run
 from p2pcollab.run import ModelSpec, RunSpec, Schedule
 
@@ -28,7 +29,8 @@ class Configuration:
     epochs: float
     limit: int | None
     devices: int
-    partition: str
+    #: File with the tasks' classes, one task a line.
+    groups: Path | None
     #: Fields of the run spec's model, schedule or tasks that differ from the defaults.
     settings: Mapping[str, float]
 
@@ -37,6 +39,7 @@ class Configuration:
         settings = dict(self.settings)
         per_task = settings.pop("classes_per_task", None)
         lease_batches = settings.pop("lease_batches", None)
+        branches_per_class = int(settings.pop("branches_per_class", 1))
         info = inspect(self.source, self.root)
         images = min(self.limit or info.train_images, info.train_images)
         options = PlanOptions(
@@ -45,6 +48,8 @@ class Configuration:
             expected_samples=images,
             seed=seed,
             classes_per_task=None if per_task is None else int(per_task),
+            groups=parse_groups(self.groups.read_text(), info.classes) if self.groups else None,
+            branches_per_class=branches_per_class,
         )
         spec = plan_run(f"{self.dataset} {self.model}", info, options)
         if lease_batches is not None:
@@ -72,7 +77,7 @@ class Configuration:
             spec.pop("tasks")
         described: dict[str, Any] = {"spec": spec, "source": self.source, "limit": self.limit}
         if column == "D":
-            described |= {"devices": self.devices, "partition": self.partition}
+            described |= {"devices": self.devices}
         digest = hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()
         return f"{self.dataset}-{self.model}-{column}-{seed}-{digest[:12]}"
 
