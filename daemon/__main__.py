@@ -7,6 +7,7 @@ start, and a last one if it ends with an error, both JSON. Its log goes to stand
 from __future__ import annotations
 
 import asyncio
+import io
 import json
 import os
 import signal
@@ -91,6 +92,16 @@ def _say(fields: dict[str, Any]) -> None:
         print(json.dumps(fields), flush=True)
 
 
+class _Log(io.StringIO):
+    """Standard error: a file on a disk that may be full, which must not end the daemon."""
+
+    def write(self, text: str) -> int:
+        """Write it, or drop it."""
+        with suppress(OSError):
+            os.write(2, text.encode(errors="replace"))
+        return len(text)
+
+
 def _log_to_stderr() -> None:
     structlog.configure(
         processors=[
@@ -99,7 +110,7 @@ def _log_to_stderr() -> None:
             structlog.processors.format_exc_info,
             structlog.processors.JSONRenderer(),
         ],
-        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
+        logger_factory=structlog.WriteLoggerFactory(_Log()),
     )
 
 

@@ -46,6 +46,8 @@ ROUND_S: Final = 2.0
 #: Shards fetched at a time; more only share the same link.
 _FETCHES_AT_ONCE: Final = 4
 _TRIES_PER_HOLDER: Final = 2
+#: Pause after the disk has refused a shard that was fetched.
+_AFTER_REFUSAL_S: Final = 5.0
 #: Refused contributions that are remembered, so that each is told of once.
 _REFUSED_KEPT: Final = 4096
 #: Leases whose results wait to be pushed.
@@ -389,10 +391,13 @@ class Gossip:
             if not await self._passes(want, data):
                 return False
             await asyncio.to_thread(session.store.put_shard, data)
+            session.warnings.pop("disk", None)
             session.work_bell.ring()
             return True
         except StorageError as error:
             session.warn("disk", str(error))
+            # Nor is it fetched again meanwhile, for the same disk to refuse.
+            await anyio.sleep(_AFTER_REFUSAL_S)
             return False
         except P2PCollabError as error:
             log.info("fetch given up", digest=want.digest, reason=str(error))

@@ -320,9 +320,9 @@ class Member:
                 },
                 durable=False,
             )
-            session.warnings.pop("disk", None)
+            session.warnings.pop("index", None)
         except StorageError as error:
-            session.warn("disk", str(error))
+            session.warn("index", str(error))
 
     async def _collect_garbage(self) -> None:
         session = self.session

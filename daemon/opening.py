@@ -37,7 +37,7 @@ def open_run(options: DaemonOptions, store: Store) -> tuple[JoinCode, RunStore |
     code = JoinCode.parse(options.code)
     for run_id in store.runs():
         if run_id.startswith(code.run_prefix):
-            known = store.open_run(run_id)
+            known = store.open_run(run_id, code.secret)
             if known.secret == code.secret:
                 return code, known
             known.close()

@@ -55,7 +55,7 @@ def end_stale_p2pd(path: Path) -> bool:
     """
     try:
         mark = P2pdMark.model_validate_json(path.read_bytes())
-    except FileNotFoundError:
+    except OSError:
         return False
     except ValidationError:
         path.unlink(missing_ok=True)

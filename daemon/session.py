@@ -112,9 +112,9 @@ class Session:
 
     def warn(self, topic: str, text: str) -> None:
         """Show a warning until it is cleared; an event, too, if it is new."""
-        if self.warnings.get(topic) != text:
-            self.warnings[topic] = text
+        if text not in self.warnings.values():
             self.events.add("warning", text, topic=topic)
+        self.warnings[topic] = text
 
     def name(self, device: DeviceId) -> str:
         """A device's name for people."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import re
 import threading
@@ -10,7 +11,8 @@ from collections.abc import Set
 from pathlib import Path
 
 from ..errors import StorageError
-from ..files import storage_error, sync_folder, write_atomic
+from ..files import make_folder, move, remove, storage_error, write_atomic
+from .kept import run_folder
 
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 _SUFFIX = ".safetensors"
@@ -29,10 +31,10 @@ class ShardFiles:
         self._lock = threading.Lock()
         self._held: set[str] = set()
         try:
-            folder.mkdir(mode=0o700, exist_ok=True)
+            make_folder(folder)
             for path in folder.glob("??/*"):
                 if path.suffix == ".tmp":
-                    path.unlink(missing_ok=True)
+                    remove(path)
                 elif path.suffix == _SUFFIX and _DIGEST.fullmatch(path.stem):
                     self._held.add(path.stem)
         except OSError as error:
@@ -51,16 +53,14 @@ class ShardFiles:
             return digest
         path = self._path(digest)
         try:
-            if not path.parent.is_dir():
-                path.parent.mkdir(mode=0o700, exist_ok=True)
-                sync_folder(self._folder)
+            make_folder(path.parent)
         except OSError as error:
             raise storage_error(error, f"{path.parent} was not created") from error
         try:
-            write_atomic(path, data, mode=0o600)
+            write_atomic(path, data, mode=0o600, called=run_folder(self._folder.parent))
         except StorageError:
             with contextlib.suppress(OSError):
-                path.unlink(missing_ok=True)
+                remove(path)
             raise
         with self._lock:
             self._held.add(digest)
@@ -72,7 +72,8 @@ class ShardFiles:
         A file whose bytes have another digest is set aside as `<digest>.corrupt`, and missing from then on.
 
         Raises:
-            StorageError: the disk refused to read it.
+            StorageError: the disk refused to read it. If that is because of a bad sector, it is missing from
+                then on: fetched again, it is written elsewhere.
         """
         if digest not in self:
             return None
@@ -83,12 +84,14 @@ class ShardFiles:
             self._forget(digest)
             return None
         except OSError as error:
+            if error.errno == errno.EIO:
+                self._forget(digest)
             raise storage_error(error, f"{path} was not read") from error
         if hashlib.sha256(data).hexdigest() == digest:
             return data
         self._forget(digest)
         try:
-            path.replace(path.with_suffix(".corrupt"))
+            move(path, path.with_suffix(".corrupt"))
         except OSError as error:
             raise storage_error(error, f"{path} is corrupt and was not set aside") from error
         return None
@@ -116,7 +119,7 @@ class ShardFiles:
                 elif path.suffix != ".corrupt":
                     continue
                 freed += path.stat().st_size
-                path.unlink(missing_ok=True)
+                remove(path)
         except OSError as error:
             raise storage_error(error, f"{self._folder} was not cleaned") from error
         return freed

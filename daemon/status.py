@@ -50,7 +50,7 @@ def status(node: Node) -> dict[str, Any]:
         "complete": session.coordinator.complete if session else False,
         "counters": counters(session) if session else {},
         "timings": node.timings.to_status(),
-        "warnings": sorted(session.warnings.values()) if session else [],
+        "warnings": sorted(set(session.warnings.values())) if session else [],
     }
 
 

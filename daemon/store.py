@@ -5,15 +5,17 @@
     daemon.lock    held while a daemon runs
     runs/<first 16 digits of the run id>/
         spec.json  secret (0600)
-        ledger.sqlite  headers/                         see index.py
+        ledger.sqlite  ledger.previous  headers/        see index.py
         shards/ab/<sha256>.safetensors                  see shard_files.py
 
-A shard is written before the contribution that names it, so whatever the moment of a crash, a contribution in
-the index of its own author has its shard.
+`identity.key`, `current`, `spec.json` and `secret` are in two copies each (see kept.py). A shard is written
+before the contribution that names it, so whatever the moment of a crash, a contribution in the index of its
+own author has its shard.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import re
 import secrets
@@ -24,15 +26,19 @@ from typing import Final
 import platformdirs
 
 from ..errors import StorageError, UsageError
-from ..files import storage_error, write_atomic
+from ..files import make_folder, remove, storage_error
 from ..run import SECRET_BYTES, RunId
 from .index import Index, Value
+from .kept import KeptFile
 from .lock import FolderLock
 from .shard_files import ShardFiles
 
 SEED_BYTES: Final = 32
 _PREFIX_CHARS: Final = 16
 _RUN_ID: Final = re.compile(r"[0-9a-f]{64}")
+_NO_RUN: Final = b"none"
+_LEFTOVERS: Final = (".*.tmp*", "runs/*/.*.tmp*", "runs/*/headers/.*.tmp*")
+_JOIN_AGAIN: Final = "join the run again with its join code; nothing else of it is lost"
 
 
 def default_state_folder() -> Path:
@@ -46,6 +52,17 @@ class Store:
     def __init__(self, folder: Path, lock: FolderLock) -> None:
         self.folder = folder
         self._lock = lock
+        self._notices: list[str] = []
+        self._identity = KeptFile(
+            folder / "identity.key",
+            fix="restore it from a copy of your own, or remove it to go on as a new device",
+            older=lambda raw: raw if len(raw) == SEED_BYTES else None,
+        )
+        self._current = KeptFile(
+            folder / "current",
+            fix="name the run with its join code: `p2pcollab join --code P2P-…`",
+            older=lambda raw: (raw.strip() or _NO_RUN) if len(raw) in (1, 65) else None,
+        )
 
     @classmethod
     def open(cls, folder: Path) -> Store:
@@ -55,11 +72,16 @@ class Store:
             StorageError: a daemon already uses it, or the disk refused.
         """
         try:
-            (folder / "runs").mkdir(mode=0o700, parents=True, exist_ok=True)
+            make_folder(folder / "runs")
             folder.chmod(0o700)
         except OSError as error:
             raise storage_error(error, f"the state folder {folder} was not opened") from error
-        return cls(folder, FolderLock(folder))
+        lock = FolderLock(folder)
+        # What was being written when an earlier daemon was killed; what cannot be removed does no harm.
+        with contextlib.suppress(OSError):
+            for path in (path for pattern in _LEFTOVERS for path in folder.glob(pattern)):
+                remove(path)
+        return cls(folder, lock)
 
     def close(self) -> None:
         """Let another daemon use the folder."""
@@ -71,29 +93,23 @@ class Store:
         Raises:
             StorageError: it cannot be read or written, or is not a seed.
         """
-        path = self.folder / "identity.key"
-        seed = _read(path)
+        seed = self._identity.read(self._notices)
         if seed is None:
             seed = secrets.token_bytes(SEED_BYTES)
-            write_atomic(path, seed, mode=0o600)
+            self._identity.write(seed)
         if len(seed) != SEED_BYTES:
             raise StorageError(
-                f"{path} is not an identity: it has {len(seed)} bytes instead of {SEED_BYTES}",
+                f"{self._identity.path} is not an identity: it has {len(seed)} bytes instead of {SEED_BYTES}",
                 "restore it from a copy, or remove it to go on as a new device",
             )
         try:
-            path.chmod(0o600)
+            self._identity.path.chmod(0o600)
         except OSError as error:
-            raise storage_error(error, f"{path} was not protected") from error
+            raise storage_error(error, f"{self._identity.path} was not protected") from error
         return seed
 
-    @property
-    def p2pd_key_path(self) -> Path:
-        """Where the transport keeps the identity in p2pd's format."""
-        return self.folder / "p2pd.key"
-
     def create_run(self, spec: bytes, secret: bytes) -> RunStore:
-        """Remember a run and open it; a run that is already there is opened as it is.
+        """Remember a run and open it; of a run that is already there, what is damaged is written anew.
 
         Args:
             spec: canonical bytes of the run spec.
@@ -104,61 +120,101 @@ class Store:
         assert len(secret) == SECRET_BYTES
         run_id = RunId(hashlib.sha256(spec).hexdigest())
         folder = self._run_folder(run_id)
-        if not (folder / "spec.json").exists():
-            try:
-                folder.mkdir(mode=0o700, exist_ok=True)
-            except OSError as error:
-                raise storage_error(error, f"{folder} was not created") from error
-            write_atomic(folder / "secret", secret, mode=0o600)
-            write_atomic(folder / "spec.json", spec)
+        try:
+            make_folder(folder)
+        except OSError as error:
+            raise storage_error(error, f"{folder} was not created") from error
+        # The spec comes last: a folder without one is no run yet.
+        for file, content in ((_secret_file(folder), secret), (_spec_file(folder), spec)):
+            held = None
+            with contextlib.suppress(StorageError):
+                held = file.read(self._notices)
+            if held is None:
+                file.write(content)
         return self.open_run(run_id)
 
-    def open_run(self, run_id: RunId) -> RunStore:
+    def open_run(self, run_id: RunId, secret: bytes | None = None) -> RunStore:
         """Open a run that this device knows.
+
+        Args:
+            secret: the run secret, where the join code is at hand: a damaged one is written anew.
 
         Raises:
             UsageError: it does not know it.
             StorageError: what is stored of it is damaged, or the disk refused.
         """
         folder = self._run_folder(run_id)
-        spec, secret = _read(folder / "spec.json"), _read(folder / "secret")
+        spec = _spec_file(folder).read(self._notices)
         if spec is None:
             raise UsageError(
                 f"this device knows no run {run_id[:_PREFIX_CHARS]}", "join it with its join code"
             )
-        if hashlib.sha256(spec).hexdigest() != run_id or secret is None or len(secret) != SECRET_BYTES:
-            raise StorageError(
-                f"the run in {folder} is damaged: its spec or its secret is not what was written",
-                "move that folder away and join the run again with its join code",
-            )
-        return RunStore(folder, run_id, spec, secret)
+        if hashlib.sha256(spec).hexdigest() != run_id:
+            raise StorageError(f"{folder} holds another run of the same prefix", "use another state folder")
+        file = _secret_file(folder)
+        try:
+            held = file.read(self._notices)
+        except StorageError:
+            if secret is None:
+                raise
+            held = None
+        if held is None and secret is not None:
+            file.write(secret)
+            held = secret
+        if held is None or len(held) != SECRET_BYTES:
+            raise StorageError(f"{file.path} is not the run's secret", _JOIN_AGAIN)
+        return RunStore(folder, run_id, spec, held, self._notices)
 
     def runs(self) -> tuple[RunId, ...]:
-        """The ids of all runs that this device knows.
+        """The ids of all runs that this device knows; one whose spec is lost, its join code brings back.
 
         Raises:
             StorageError: the disk refused.
         """
-        specs = (_read(path) for path in sorted((self.folder / "runs").glob("*/spec.json")))
-        return tuple(RunId(hashlib.sha256(spec).hexdigest()) for spec in specs if spec is not None)
+        found = []
+        for path in sorted((self.folder / "runs").glob("*/spec.json")):
+            try:
+                spec = _spec_file(path.parent).read(self._notices)
+            except StorageError as error:
+                self._notices.append(str(error))
+                continue
+            if spec is not None:
+                found.append(RunId(hashlib.sha256(spec).hexdigest()))
+        return tuple(found)
 
     @property
     def current(self) -> RunId | None:
         """The run that this device last took part in, and has not left for good.
 
         Raises:
-            StorageError: the disk refused.
+            StorageError: the disk refused, or it is not known any more.
         """
-        text = (_read(self.folder / "current") or b"").decode(errors="replace").strip()
+        text = (self._current.read(self._notices) or _NO_RUN).decode(errors="replace")
         return RunId(text) if _RUN_ID.fullmatch(text) else None
 
     @current.setter
     def current(self, run_id: RunId | None) -> None:
-        write_atomic(self.folder / "current", (run_id or "").encode() + b"\n")
+        self._current.write(run_id.encode() if run_id else _NO_RUN)
 
     def _run_folder(self, run_id: RunId) -> Path:
         assert _RUN_ID.fullmatch(run_id), run_id
         return self.folder / "runs" / run_id[:_PREFIX_CHARS]
+
+
+def _spec_file(folder: Path) -> KeptFile:
+    """The run spec needs no digest beside it: the folder is named by it."""
+    return KeptFile(
+        folder / "spec.json",
+        fix=_JOIN_AGAIN,
+        seal=lambda content: content,
+        unseal=lambda raw: raw if hashlib.sha256(raw).hexdigest().startswith(folder.name) else None,
+    )
+
+
+def _secret_file(folder: Path) -> KeptFile:
+    return KeptFile(
+        folder / "secret", fix=_JOIN_AGAIN, older=lambda raw: raw if len(raw) == SECRET_BYTES else None
+    )
 
 
 class RunStore:
@@ -168,14 +224,15 @@ class RunStore:
     rest is short enough for the event loop.
     """
 
-    def __init__(self, folder: Path, run_id: RunId, spec: bytes, secret: bytes) -> None:
+    def __init__(self, folder: Path, run_id: RunId, spec: bytes, secret: bytes, notices: list[str]) -> None:
         self.folder = folder
         self.run_id = run_id
         #: Canonical bytes of the run spec.
         self.spec = spec
         self.secret = secret
-        self._index = Index(folder)
+        self._notices = notices
         self._shards = ShardFiles(folder / "shards")
+        self._index = Index(folder, notices)
 
     def put_contribution(self, shard: str, device: str, encoded: bytes) -> None:
         """Store the newest contribution of a device to a shard, durably. Its own shard comes first.
@@ -282,18 +339,10 @@ class RunStore:
         return self._index.metrics(after, at_most)
 
     def notices(self) -> tuple[str, ...]:
-        """What a person should hear about this store since the last call."""
-        return self._index.notices()
+        """What a person should hear about the state folder since the last call."""
+        notices, self._notices[:] = tuple(self._notices), []
+        return notices
 
     def close(self) -> None:
         """Close the index."""
         self._index.close()
-
-
-def _read(path: Path) -> bytes | None:
-    try:
-        return path.read_bytes()
-    except FileNotFoundError:
-        return None
-    except OSError as error:
-        raise storage_error(error, f"{path} was not read") from error

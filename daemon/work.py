@@ -10,7 +10,8 @@ import asyncio
 import time
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Final
+from functools import partial
+from typing import Any, Final, TypeVar
 
 import anyio
 import structlog
@@ -25,6 +26,8 @@ from .session import Session
 from .trainer import LeaseJob, LeaseOutcome, TrainerDied
 
 log = structlog.get_logger()
+
+T = TypeVar("T")
 
 #: How often an idle device looks again when nothing wakes it.
 _LOOK_AGAIN_S: Final = 1.0
@@ -234,7 +237,7 @@ class Worker:
             trained = outcome.shards[job.shard]
             # The shard before the contribution that names it: whatever the moment of a crash, no entry of
             # this device lacks its tensors.
-            digest = await asyncio.to_thread(session.store.put_shard, trained.data)
+            digest = await self._stored(partial(asyncio.to_thread, session.store.put_shard, trained.data))
             made.append(
                 sign_contribution(
                     session.identity,
@@ -250,7 +253,7 @@ class Worker:
                     accuracy=trained.accuracy,
                 )
             )
-        self._gossip.enter(made)
+        await self._stored(partial(self._enter, made))
         session.coordinator.finished(session.clock())
         session.counters.contributions += len(made)
         session.events.add(
@@ -264,6 +267,27 @@ class Worker:
         self._record_metrics(made)
         await self._publish()
         self._gossip.push_news(made)
+
+    async def _enter(self, made: list[Contribution]) -> None:
+        self._gossip.enter(made)
+
+    async def _stored(self, store: Callable[[], Awaitable[T]]) -> T:
+        """Store what was trained. While the disk refuses, it is kept in memory and tried again.
+
+        Raises:
+            StorageError: the disk still refuses when this device leaves.
+        """
+        session = self._session
+        while True:
+            try:
+                result = await store()
+                session.warnings.pop("disk", None)
+                return result
+            except StorageError as error:
+                if self._stopping:
+                    raise
+                session.warn("disk", str(error))
+            await anyio.sleep(_AFTER_FAILURE_S)
 
     def _record_metrics(self, made: list[Contribution]) -> None:
         session = self._session
@@ -281,4 +305,4 @@ class Worker:
                     },
                 )
         except StorageError as error:
-            session.warn("disk", str(error))
+            session.warn("index", str(error))

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
 import os
 import random
 import select
 import signal
+import sqlite3
 import subprocess
 import sys
 import textwrap
@@ -27,6 +29,20 @@ RUN_ID = RunId(hashlib.sha256(SPEC).hexdigest())
 SECRET = bytes(range(16))
 
 
+INDEX_0_1_0 = """
+CREATE TABLE IF NOT EXISTS contributions (
+    shard TEXT NOT NULL, device TEXT NOT NULL, encoded BLOB NOT NULL, PRIMARY KEY (shard, device)
+) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS meta (key TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS events (
+    id INTEGER PRIMARY KEY, time REAL NOT NULL, kind TEXT NOT NULL, text TEXT NOT NULL, fields TEXT NOT NULL
+);
+CREATE TABLE IF NOT EXISTS metrics (
+    id INTEGER PRIMARY KEY, time REAL NOT NULL, series TEXT NOT NULL, fields TEXT NOT NULL
+);
+"""
+
+
 @pytest.fixture
 def store(tmp_path: Path) -> Iterator[Store]:
     opened = Store.open(tmp_path / "state")
@@ -39,6 +55,17 @@ def run(store: Store) -> Iterator[RunStore]:
     opened = store.create_run(SPEC, SECRET)
     yield opened
     opened.close()
+
+
+def flipped(data: bytes, position: int) -> bytes:
+    """The data with one bit of one byte flipped."""
+    return data[:position] + bytes([data[position] ^ 4]) + data[position + 1 :]
+
+
+def damage(path: Path) -> None:
+    """Flip a bit of a file, and of its second copy."""
+    for one in (path, path.with_name(path.name + ".copy")):
+        one.write_bytes(flipped(one.read_bytes(), 3))
 
 
 def in_another_process(code: str, *arguments: str) -> subprocess.Popen[bytes]:
@@ -67,12 +94,55 @@ def test_identity_is_created_once_and_readable_by_its_owner_only(store: Store) -
     assert store.folder.stat().st_mode & 0o777 == 0o700
 
 
-def test_damaged_identity_is_refused_not_replaced(store: Store) -> None:
-    (store.folder / "identity.key").write_bytes(b"short")
-    with pytest.raises(StorageError, match="not an identity") as caught:
+def test_damaged_identity_is_made_good_from_its_copy(store: Store, run: RunStore) -> None:
+    seed = store.identity_seed()
+    for name in ("identity.key", "identity.key.copy"):
+        path = store.folder / name
+        whole = path.read_bytes()
+        path.write_bytes(flipped(whole, 5))
+        assert store.identity_seed() == seed
+        assert path.read_bytes() == whole
+        (notice,) = run.notices()
+        assert str(path) in notice
+
+
+def test_identity_damaged_in_both_copies_is_refused_not_replaced(store: Store) -> None:
+    store.identity_seed()
+    for name in ("identity.key", "identity.key.copy"):
+        path = store.folder / name
+        path.write_bytes(flipped(path.read_bytes(), 5))
+    with pytest.raises(StorageError, match="damaged") as caught:
         store.identity_seed()
     assert "copy" in caught.value.fix
-    assert (store.folder / "identity.key").read_bytes() == b"short"
+    # Whoever takes that advice becomes a new device, whatever the second copy holds.
+    (store.folder / "identity.key").unlink()
+    assert len(store.identity_seed()) == 32
+
+
+def test_files_of_version_0_1_0_are_read_and_written_anew(tmp_path: Path) -> None:
+    seed = bytes(range(32))
+    folder = tmp_path / "runs" / RUN_ID[:16]
+    folder.mkdir(parents=True)
+    for path, content in (
+        (tmp_path / "identity.key", seed),
+        (tmp_path / "current", RUN_ID.encode() + b"\n"),
+        (folder / "spec.json", SPEC),
+        (folder / "secret", SECRET),
+    ):
+        path.write_bytes(content)
+    store = Store.open(tmp_path)
+    for _ in range(2):
+        assert store.identity_seed() == seed
+        assert store.current == RUN_ID
+        assert store.runs() == (RUN_ID,)
+        run = store.open_run(RUN_ID)
+        assert (run.spec, run.secret) == (SPEC, SECRET)
+        assert run.notices() == ()
+        run.close()
+        (tmp_path / "identity.key").write_bytes(flipped((tmp_path / "identity.key").read_bytes(), 0))
+        assert store.identity_seed() == seed
+        store._notices.clear()
+    store.close()
 
 
 def test_second_daemon_is_refused_with_the_first_ones_pid(tmp_path: Path) -> None:
@@ -134,9 +204,55 @@ def test_run_is_found_again(store: Store, run: RunStore) -> None:
 def test_unknown_run_is_the_callers_mistake_and_a_damaged_one_the_disks(store: Store, run: RunStore) -> None:
     with pytest.raises(UsageError, match="knows no run"):
         store.open_run(RunId("0" * 64))
-    (run.folder / "spec.json").write_bytes(SPEC + b" ")
-    with pytest.raises(StorageError, match="damaged"):
+    damage(run.folder / "spec.json")
+    with pytest.raises(StorageError, match="damaged") as caught:
         store.open_run(RUN_ID)
+    assert "join code" in caught.value.fix
+
+
+def test_joining_again_makes_a_damaged_run_good_and_loses_nothing_of_it(store: Store, run: RunStore) -> None:
+    digest = run.put_shard(b"trained before")
+    run.put_contribution("t0", "aa", b"made before")
+    run.close()
+    for name in ("spec.json", "secret"):
+        damage(run.folder / name)
+    assert store.runs() == ()
+    again = store.create_run(SPEC, SECRET)
+    assert (again.spec, again.secret) == (SPEC, SECRET)
+    assert again.load_contributions() == (b"made before",)
+    assert again.get_shard(digest) == b"trained before"
+    again.close()
+    damage(run.folder / "secret")
+    with pytest.raises(StorageError, match="secret"):
+        store.open_run(RUN_ID)
+    again = store.open_run(RUN_ID, SECRET)
+    assert again.secret == SECRET
+    again.close()
+
+
+def test_lost_word_on_the_current_run_is_an_error_not_another_run(store: Store, run: RunStore) -> None:
+    store.current = RUN_ID
+    path = store.folder / "current"
+    path.write_bytes(flipped(path.read_bytes(), 3))
+    assert store.current == RUN_ID
+    damage(path)
+    with pytest.raises(StorageError, match="damaged") as caught:
+        _ = store.current
+    assert "join code" in caught.value.fix
+    store.current = RUN_ID
+    assert store.current == RUN_ID
+
+
+def test_leftovers_of_a_killed_daemon_are_removed(tmp_path: Path) -> None:
+    store = Store.open(tmp_path)
+    run = store.create_run(SPEC, SECRET)
+    run.close()
+    store.close()
+    leftovers = [folder / ".something.12ab.tmp" for folder in (tmp_path, run.folder, run.folder / "headers")]
+    for path in leftovers:
+        path.write_bytes(b"half")
+    Store.open(tmp_path).close()
+    assert not any(path.exists() for path in leftovers)
 
 
 def test_newest_contribution_replaces_the_one_before_it(store: Store, run: RunStore) -> None:
@@ -168,6 +284,21 @@ def test_rotten_shard_is_set_aside_and_missing(store: Store, run: RunStore) -> N
     assert run.get_shard(digest) is None
     assert not run.has(digest)
     assert path.with_suffix(".corrupt").read_bytes() == b"Good bytes"
+    assert run.put_shard(b"good bytes") == digest
+    assert run.get_shard(digest) == b"good bytes"
+
+
+def test_shard_on_a_bad_sector_is_told_and_missing(run: RunStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    digest = run.put_shard(b"good bytes")
+
+    def refuse(path: Path) -> bytes:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    with monkeypatch.context() as failing:
+        failing.setattr(Path, "read_bytes", refuse)
+        with pytest.raises(StorageError, match="disk reports an error"):
+            run.get_shard(digest)
+    assert not run.has(digest)
     assert run.put_shard(b"good bytes") == digest
     assert run.get_shard(digest) == b"good bytes"
 
@@ -253,6 +384,104 @@ def test_index_that_becomes_corrupt_while_open_is_replaced(run: RunStore) -> Non
     assert run.notices()
     assert len(run.load_contributions()) == len(before)
     assert b"after" in run.load_contributions()
+
+
+def rewrite_rows(path: Path, statement: str) -> None:
+    """Change rows as a disk would: without their sums."""
+    with contextlib.closing(sqlite3.connect(path)) as connection, connection:
+        connection.execute(statement)
+
+
+def test_rows_that_rot_are_made_good_from_their_copies(store: Store, run: RunStore) -> None:
+    run.put_contributions([("t0", "aa", b"first"), ("t1", "aa", b"second")])
+    run.set_meta({"options": {"data": "digits"}, "port": 4001})
+    run.add_event(1, 1.0, "lease", "happened", {})
+    run.add_metric(1.0, "t0", {"loss": 0.5})
+    run.close()
+    path = run.folder / "ledger.sqlite"
+    for statement in (
+        "UPDATE contributions SET encoded = x'00' WHERE shard = 't0'",
+        "UPDATE contributions SET device = 'bb' WHERE shard = 't1'",
+        """UPDATE meta SET value = '{"data": "digitz"}' WHERE key = 'options'""",
+        "UPDATE meta SET value = '{' WHERE key = 'port'",
+        "UPDATE events SET text = 'did not happen'",
+        "UPDATE events SET text = CAST(x'ff' AS TEXT)",
+        "UPDATE metrics SET fields = '{}'",
+        "UPDATE contributions SET sequence = 'x'",
+    ):
+        rewrite_rows(path, statement)
+        again = store.open_run(RUN_ID)
+        assert again.load_contributions() == (b"first", b"second"), statement
+        assert again.meta() == {"options": {"data": "digits"}, "port": 4001}, statement
+        assert again.events() == [(1, 1.0, "lease", "happened", {})], statement
+        assert again.metrics() == [(1, 1.0, "t0", {"loss": 0.5})], statement
+        (notice,) = again.notices()
+        assert "damaged" in notice and "restored" in notice
+        again.close()
+
+
+def test_history_that_rots_unread_is_made_good_before_the_index_is_copied(
+    store: Store, run: RunStore
+) -> None:
+    run.add_metric(1.0, "t0", {"loss": 0.5})
+    run.close()
+    rewrite_rows(run.folder / "ledger.sqlite", "UPDATE metrics SET fields = '{}'")
+    for _ in range(2):
+        store.open_run(RUN_ID).close()
+    (run.folder / "ledger.sqlite").write_bytes(b"nothing of the kind")
+    again = store.open_run(RUN_ID)
+    assert again.metrics() == [(1, 1.0, "t0", {"loss": 0.5})]
+    again.close()
+
+
+def test_what_nothing_else_holds_is_left_out_and_said(store: Store, run: RunStore) -> None:
+    run.add_event(1, 1.0, "lease", "first", {})
+    run.add_event(2, 2.0, "lease", "second", {})
+    run.close()
+    (run.folder / "ledger.previous").unlink()
+    rewrite_rows(run.folder / "ledger.sqlite", "UPDATE events SET kind = 'peace' WHERE id = 1")
+    again = store.open_run(RUN_ID)
+    assert [event[0] for event in again.events()] == [2]
+    (notice,) = again.notices()
+    assert notice.startswith("1 events") and "0 were restored" in notice
+    again.close()
+
+
+def test_newer_contribution_in_the_copies_wins_over_the_previous_index(store: Store, run: RunStore) -> None:
+    run.put_contribution("t0", "aa", b"older")
+    run.close()
+    again = store.open_run(RUN_ID)
+    again.put_contribution("t0", "aa", b"newer")
+    again._index._connection.close()
+    (run.folder / "ledger.sqlite").write_bytes(b"nothing of the kind")
+    last = store.open_run(RUN_ID)
+    assert last.load_contributions() == (b"newer",)
+    last.put_contribution("t0", "aa", b"newest")
+    last.close()
+    reopened = store.open_run(RUN_ID)
+    assert reopened.load_contributions() == (b"newest",)
+    reopened.close()
+
+
+def test_index_of_version_0_1_0_is_taken_over(store: Store, run: RunStore) -> None:
+    run.close()
+    path = run.folder / "ledger.sqlite"
+    path.unlink()
+    (run.folder / "ledger.previous").unlink()
+    with contextlib.closing(sqlite3.connect(path)) as connection, connection:
+        connection.executescript(INDEX_0_1_0)
+        connection.execute("INSERT INTO contributions VALUES ('t0', 'aa', x'6669727374')")
+        connection.execute("INSERT INTO meta VALUES ('port', '4001')")
+        connection.execute("INSERT INTO events VALUES (7, 1, 'lease', 'text', '{}')")
+        connection.execute("INSERT INTO metrics VALUES (3, 2.5, 't0', '{\"loss\": 0.5}')")
+    for _ in range(2):
+        again = store.open_run(RUN_ID)
+        assert again.load_contributions() == (b"first",)
+        assert again.meta() == {"port": 4001}
+        assert again.events() == [(7, 1.0, "lease", "text", {})]
+        assert again.metrics() == [(3, 2.5, "t0", {"loss": 0.5})]
+        assert again.notices() == ()
+        again.close()
 
 
 def test_full_disk_under_the_index_is_told_in_words(run: RunStore) -> None:
