@@ -39,6 +39,9 @@ Blobs = Mapping[str, bytes]
 _MEASURE_S: Final = 0.25
 #: First batch of `measure`: small, so that a slow device is not held up by it.
 _PROBE_SAMPLES: Final = 8
+#: One example is tried for so many of a lease's samples, and at least so many: trying costs a few per cent.
+_TRIED_PART: Final = 40
+_TRIED_MIN: Final = 64
 #: Without test data, one in so many training examples is held out to try a lease's result on.
 _HELD_OUT: Final = 10
 
@@ -93,7 +96,7 @@ class Workshop:
             os.chdir(fields["folder"])
         spec = RunSpec.decode(fields["spec"])
         loaded = _load(spec, fields)
-        train, validation = _hold_out(loaded, spec.seed)
+        train, validation = _hold_out(loaded, spec)
         self._prepared = _Setting(
             spec=spec,
             train=train,
@@ -359,13 +362,15 @@ def _load(spec: RunSpec, fields: Fields) -> LoadedData:
     )
 
 
-def _hold_out(data: LoadedData, seed: int) -> tuple[ArrayDataset, ArrayDataset]:
+def _hold_out(data: LoadedData, spec: RunSpec) -> tuple[ArrayDataset, ArrayDataset]:
     """What to train on, and what to try a lease's result on."""
+    wanted = max(_TRIED_MIN, spec.schedule.lease_samples // _TRIED_PART)
+    at_most = min(limits.VALIDATION_EXAMPLES_MAX, wanted)
     if len(data.test):
-        return data.train, _at_most(data.test, limits.VALIDATION_EXAMPLES_MAX, seed)
-    count = min(limits.VALIDATION_EXAMPLES_MAX, len(data.train) // _HELD_OUT)
+        return data.train, _at_most(data.test, at_most, spec.seed)
+    count = min(at_most, len(data.train) // _HELD_OUT)
     held = np.zeros(len(data.train), dtype=bool)
-    held[stratified_subset(data.train.labels, count, seed=seed)] = True
+    held[stratified_subset(data.train.labels, count, seed=spec.seed)] = True
     return data.train.where(~held), data.train.where(held)
 
 
