@@ -159,6 +159,8 @@ def test_version_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
         (["join", "--share", "7/5"], "part 7 of only 5"),
         (["join", "--code", "P2P-NONSENSE"], "join code"),
         (["join", "--code", CODE, "--data", "/no/such/folder"], "there is no folder"),
+        (["join", "--code", CODE, "--data", "speech-commands:/no/such"], "there is no folder /no/such"),
+        (["new", "words", "--data", "speech-commands:"], "there is no folder"),
         (["new"], "NAME"),
         (["new", "pets"], "--data is missing"),
         (["new", "pets", "--data", "digits", "--model", "resnet"], "no model 'resnet'"),

@@ -13,6 +13,7 @@ from audio_examples import write_words
 from p2pcollab import cost
 from p2pcollab.assembly import assemble, load_model, to_bytes
 from p2pcollab.cli.main import main
+from p2pcollab.cli.options import data_source
 from p2pcollab.data import ArrayDataset, eval_batches, inspect, load
 from p2pcollab.data.batches import batches
 from p2pcollab.data.folders import scan
@@ -145,6 +146,12 @@ def test_evaluate_counts_clips(recordings, model_file, capsys):
 def test_an_image_size_is_refused_for_clips(recordings, capsys):
     assert main(["new", "words", "--data", str(recordings), "--image-size", "64"]) == 2
     assert "--image-size is for images, and these are audio clips" in capsys.readouterr().err
+
+
+def test_the_daemon_finds_a_folder_that_was_named_from_another_one(recordings, monkeypatch):
+    monkeypatch.chdir(recordings)
+    assert data_source("speech-commands:.") == f"speech-commands:{recordings}"
+    assert data_source("./low") == str(recordings / "low")
 
 
 # Networks
