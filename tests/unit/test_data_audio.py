@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from audio_examples import SMALL, clip_run, tone, write_sound
+from hostile_bytes import quick
 from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
@@ -62,6 +63,7 @@ def test_nothing_is_the_floor_and_a_sine_at_full_scale_is_within_the_range():
     assert 200 < sine.max() < 255
 
 
+@quick
 @given(
     rate=st.sampled_from(range(8000, 49_000, 1000)),
     hop_ms=st.integers(5, 100),
@@ -202,6 +204,7 @@ def test_other_kinds_of_sound_files_are_refused(tmp_path):
         decoded(path)
 
 
+@quick
 @given(position=st.integers(0, 400), value=st.integers(0, 255), length=st.integers(20, 4000))
 def test_damaged_files_are_read_or_refused_and_nothing_else(tmp_path_factory, position, value, length):
     folder = tmp_path_factory.mktemp("damaged")

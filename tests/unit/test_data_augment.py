@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from audio_examples import SMALL, clip_input
+from hostile_bytes import quick
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -38,6 +39,7 @@ def power(clips: np.ndarray) -> np.ndarray:
     return np.where(clips > 0, 10 ** (clips * SMALL.db_per_level / 10), 0.0)
 
 
+@quick
 @given(count=st.integers(1, 20), seed=st.integers(0, 1000), recorded=st.booleans())
 def test_shape_type_and_the_input_stay_and_a_seed_decides_all(count, seed, recorded):
     clips, noise = speech(count), hum() if recorded else None

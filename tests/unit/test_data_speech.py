@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from audio_examples import SMALL, clip_run, tone, write_sound, write_speech, write_words
 from data_examples import run_spec, write_classes, write_image
+from hostile_bytes import quick
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -185,6 +186,7 @@ def test_a_list_that_cannot_be_a_list_is_refused(tmp_path, monkeypatch):
         scan(tmp_path)
 
 
+@quick
 @given(st.text("0123456789abcdef", min_size=8, max_size=8), st.integers(0, 9))
 def test_the_published_rule_is_followed(speaker, take):
     """Against the function in the README of Speech Commands."""
@@ -238,6 +240,7 @@ def test_without_background_recordings_clips_of_silence_serve_the_augmentation(t
     assert load(str(tmp_path / "no silence"), clip_run(("no", "yes"))).train.noise is None
 
 
+@quick
 @given(length_ms=st.integers(0, 60_000), count=st.integers(0, 50), clip_ms=st.integers(100, 3000))
 def test_cuts_are_within_their_part_and_training_never_hears_the_test(length_ms, count, clip_ms):
     recording = DataFile("hiss.wav", Path("hiss.wav"))
