@@ -302,6 +302,7 @@ def _central(
     from ..central import train_dense
     from ..data import load
     from ..data.batches import batches, eval_batches
+    from ..lease import autocast_for
     from ..training import accuracy
 
     data = load(source["data"], spec, source["data_root"], limit=source["limit"])
@@ -324,9 +325,10 @@ def _central(
     central = train_dense(spec, train, on_step=show)
     seconds = time.monotonic() - start
     assembled = load_model(model).model
+    autocast = autocast_for("cpu", spec)
     return {
-        "central_accuracy": accuracy(central.model, eval_batches(data.test, spec)),
-        "assembled_accuracy": accuracy(assembled, eval_batches(data.test, spec)),
+        "central_accuracy": accuracy(central.model, eval_batches(data.test, spec), autocast=autocast),
+        "assembled_accuracy": accuracy(assembled, eval_batches(data.test, spec), autocast=autocast),
         "training_macs": central.macs,
         "seconds": seconds,
     }

@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -203,13 +204,23 @@ def log_probabilities(
     return torch.cat(outputs), torch.cat(targets)
 
 
-def accuracy(model: nn.Module, batches: Batches, device: torch.device | str = "cpu") -> float:
-    """Fraction of the images whose highest score is their class's; 0 without images."""
+def accuracy(
+    model: nn.Module,
+    batches: Batches,
+    device: torch.device | str = "cpu",
+    autocast: AbstractContextManager[object] | None = None,
+) -> float:
+    """Fraction of the images whose highest score is their class's; 0 without images.
+
+    Args:
+        autocast: arithmetic to use, as in training (`lease.autocast_for`); None: float32.
+    """
     right = total = 0
-    model = model.to(device).eval()
-    with torch.inference_mode():
+    model = model.to(device).to(memory_format=torch.channels_last).eval()
+    with torch.inference_mode(), autocast or nullcontext():
         for images, labels in batches:
-            right += int((model(images.to(device)).argmax(1).cpu() == labels).sum())
+            scores = model(images.to(device, memory_format=torch.channels_last))
+            right += int((scores.argmax(1).cpu() == labels).sum())
             total += len(labels)
     return right / total if total else 0.0
 
@@ -226,20 +237,20 @@ def evaluate_shards(
 
     Without examples every score is 0, and the losses are too.
     """
-    stem = restore_stem(spec, stem_tensors).to(device).eval()
+    stem = restore_stem(spec, stem_tensors)
     heads = {
         shard: restore_branch(spec, spec.task(shard), tensors) for shard, tensors in branch_tensors.items()
     }
     targets = {shard: local_labels(spec, shard) for shard in branch_tensors}
     if not branch_tensors:
         heads, targets = {STEM: restore_aux_head(spec, stem_tensors)}, {STEM: torch.arange(len(spec.classes))}
-    for head in heads.values():
-        head.to(device).eval()
+    for module in (stem, *heads.values()):
+        module.to(device).to(memory_format=torch.channels_last).eval()
     logits: dict[ShardId, list[Tensor]] = {shard: [] for shard in heads}
     labels: list[Tensor] = []
-    with torch.inference_mode():
+    with torch.inference_mode(), autocast_for(device, spec):
         for images, batch_labels in batches:
-            features = stem(images.to(device))
+            features = stem(images.to(device, memory_format=torch.channels_last))
             for shard, head in heads.items():
                 logits[shard].append(head(features).float().cpu())
             labels.append(batch_labels)

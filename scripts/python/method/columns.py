@@ -18,6 +18,7 @@ from p2pcollab.daemon.rehearsal import Rehearsal, RehearsedDevice
 from p2pcollab.data import ArrayDataset, load
 from p2pcollab.data.batches import Thinning, batches, eval_batches, offered_batch
 from p2pcollab.data.partition import Share
+from p2pcollab.lease import autocast_for
 from p2pcollab.models import initial_shard
 from p2pcollab.run import STEM, RunSpec, ShardId
 from p2pcollab.training import accuracy, train_branches
@@ -71,7 +72,9 @@ def _central(
     source = batches(data.train, spec, seed=seed, samples=budget)
     trained = _CENTRAL[column](spec, source, device=device, on_step=on_step)
     return {
-        "accuracy": accuracy(trained.model, eval_batches(data.test, spec), device),
+        "accuracy": accuracy(
+            trained.model, eval_batches(data.test, spec), device, autocast_for(device, spec)
+        ),
         "macs": trained.macs,
         "train_images": len(data.train),
         "test_images": len(data.test),
@@ -100,7 +103,7 @@ def _assembled(
     device = "cuda" if torch.cuda.is_available() else "cpu"
     tasks = [ShardId(task.id) for task in spec.tasks]
     return {
-        "accuracy": accuracy(loaded.model, eval_batches(data.test, spec), device),
+        "accuracy": accuracy(loaded.model, eval_batches(data.test, spec), device, autocast_for(device, spec)),
         "macs": sum(tally.macs for tally in rehearsed.devices),
         "devices": [
             {
