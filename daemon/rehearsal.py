@@ -8,6 +8,7 @@ devices. Time is simulated: a lease takes its MACs over the device's speed.
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -112,7 +113,7 @@ class Rehearsal:
                     "download": False,
                     "folder": ".",
                     "threads": threads,
-                    "niceness": 0,
+                    "niceness": os.nice(0),
                     "duty": 1.0,
                 }
             )
