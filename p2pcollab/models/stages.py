@@ -94,14 +94,17 @@ FAMILIES: Final[dict[str, Family]] = {
         model=ModelSpec(family="vgg16", stem_stages=4, branch_width=0.25),
         training=_VGG_TRAINING,
     ),
-    # For keyword spotting: spectrograms of 40 bands and 100 frames. 47 M MAC dense there, AlexNet 652 M.
+    # For keyword spotting: spectrograms of 40 bands and 100 frames. 47 M MAC dense there, AlexNet 652 M. On
+    # 3,685 clips of Speech Commands' 12 classes (one seed, 10 epochs) dense 87.8 %, with a learning rate of 0.05
+    # as well; 20 epochs 88.5 %. Decoupled as here 87.5 %; with a stem of one stage, 7 instead of 4 times less
+    # training on a device with one task, 85.1 %.
     "kws": Family(
         stages=(Stage(32, True), Stage(64, True), Stage(128, True), Stage(128, True)),
         hidden=128,
         grid=4,
         aux_channels=64,
         model=ModelSpec(family="kws", stem_stages=2, branch_width=0.25),
-        training=TrainingHints(batch_size=64, peak_lr=0.02, weight_decay=5e-4, epochs=20),
+        training=TrainingHints(batch_size=64, peak_lr=0.02, weight_decay=5e-4, epochs=12),
     ),
     # For the bundled digits, 8x8 pixels in one channel.
     "digits": Family(
