@@ -55,6 +55,8 @@ class TrainingHints:
     weight_decay: float
     #: Times each shard sees the whole of the data.
     epochs: int
+    #: Fraction of the other classes' examples that a branch trains on in each pass.
+    negatives: float = 1.0
 
 
 def _vgg(*stages: int | str) -> tuple[Stage, ...]:
@@ -112,7 +114,8 @@ FAMILIES: Final[dict[str, Family]] = {
         grid=2,
         aux_channels=32,
         model=ModelSpec(family="digits", stem_stages=1, branch_width=0.1875),
-        training=TrainingHints(batch_size=32, peak_lr=0.05, weight_decay=5e-4, epochs=30),
+        # Thinned to 0.3, branches end 0.2 points lower (99.2 against 99.4 %, 3 seeds) at 0.45 of the work.
+        training=TrainingHints(batch_size=32, peak_lr=0.05, weight_decay=5e-4, epochs=30, negatives=0.3),
     ),
 }
 
