@@ -96,9 +96,9 @@ FAMILIES: Final[dict[str, Family]] = {
         model=ModelSpec(family="vgg16", stem_stages=4, branch_width=0.25),
         training=_VGG_TRAINING,
     ),
-    # For keyword spotting: spectrograms of 40 bands and 100 frames. 47 M MAC dense there, AlexNet 652 M. A stem
-    # of one stage would save a device with one task 7x instead of 4x, but cost 2.4 points (10 epochs, 3,685
-    # clips of 12 classes, decoupled losses, one seed: 85.1 instead of 87.5 %).
+    # For keyword spotting: spectrograms of 40 bands and 100 frames. 47 M MAC dense there, AlexNet 652 M. A
+    # stem of one stage would save a device with one task 7x instead of 4x, but cost 2.4 points (10 epochs,
+    # 3,685 clips of 12 classes, decoupled losses, one seed: 85.1 instead of 87.5 %).
     "kws": Family(
         stages=(Stage(32, True), Stage(64, True), Stage(128, True), Stage(128, True)),
         hidden=128,
