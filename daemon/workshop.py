@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import resource
 import sys
 import time
@@ -149,12 +150,12 @@ class Workshop:
             "samples": result.samples,
             "macs": result.macs + macs,
             "seconds": result.seconds,
-            "peak_rss_bytes": _peak_rss_bytes(),
+            "peak_rss_bytes": peak_rss_bytes(),
         }
 
     def nothing_trained(self) -> Fields:
         """What `train` returns for a lease that never began."""
-        return {"shards": {}, "samples": 0, "macs": 0, "seconds": 0.0, "peak_rss_bytes": _peak_rss_bytes()}
+        return {"shards": {}, "samples": 0, "macs": 0, "seconds": 0.0, "peak_rss_bytes": peak_rss_bytes()}
 
     def check(self, fields: Fields, blobs: Blobs) -> Fields:
         """Reasons why shards must not be merged."""
@@ -380,6 +381,13 @@ def _at_most(data: ArrayDataset, count: int | None, seed: int) -> ArrayDataset:
     return data.subset(stratified_subset(data.labels, count, seed=seed))
 
 
-def _peak_rss_bytes() -> int:
+def peak_rss_bytes() -> int:
+    """The most memory that this process has held at a time."""
+    # On Linux getrusage counts what the parent held when it started this process.
+    status = Path("/proc/self/status")
+    if status.exists():
+        found = re.search(r"VmHWM:\s+([0-9]+) kB", status.read_text())
+        if found is not None:
+            return int(found[1]) * limits.KIB
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
+    return peak if sys.platform == "darwin" else peak * limits.KIB

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import multiprocessing
-import resource
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -15,6 +14,7 @@ from p2pcollab import cost
 from p2pcollab.assembly import load_model
 from p2pcollab.central import Central, train_decoupled, train_dense, train_grouped
 from p2pcollab.daemon.rehearsal import Rehearsal, RehearsedDevice
+from p2pcollab.daemon.workshop import peak_rss_bytes
 from p2pcollab.data import ArrayDataset, load
 from p2pcollab.data.batches import Thinning, batches, eval_batches, offered_batch
 from p2pcollab.data.partition import Share
@@ -196,4 +196,4 @@ def _measure_peak(encoded: bytes, kind: str) -> int:
         return steps < _TIMED_STEPS
 
     _train_steps(spec, data, kind, on_step)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return peak_rss_bytes()
