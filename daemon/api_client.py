@@ -64,7 +64,7 @@ def find_daemon(folder: Path) -> ApiAddress:
         raise NotRunningError(
             f"the daemon on {folder} belongs to another user", "use --state for a folder of your own"
         ) from error
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
         raise NotRunningError(f"no daemon runs on {folder}", _START_IT) from error
     return address
 

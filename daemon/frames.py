@@ -51,9 +51,14 @@ def read_frame(file: BinaryIO) -> Fields | None:
     head = file.read(_LENGTH_BYTES)
     if not head:
         return None
-    body = file.read(_body_bytes(head))
-    if len(body) != _body_bytes(head):
-        raise BrokenFrame("a message ends early")
+    length = _body_bytes(head)
+    body = bytearray()
+    # In pieces: a read of all would set aside what the head only claims.
+    while len(body) < length:
+        piece = file.read(min(length - len(body), limits.MIB))
+        if not piece:
+            raise BrokenFrame("a message ends early")
+        body += piece
     return _decode(body)
 
 
@@ -64,11 +69,18 @@ def _body_bytes(head: bytes) -> int:
     return length
 
 
-def _decode(body: bytes) -> Fields:
+def _decode(body: bytes | bytearray) -> Fields:
     bound = limits.TRAINER_FRAME_BYTES_MAX
     try:
         fields = msgpack.unpackb(
-            body, raw=False, strict_map_key=True, max_bin_len=bound, max_str_len=limits.MIB
+            body,
+            raw=False,
+            strict_map_key=True,
+            max_bin_len=bound,
+            max_str_len=limits.MIB,
+            # A row of the confusion matrix; the trainer is ours, but may write from damaged memory.
+            max_array_len=limits.CLASSES_MAX,
+            max_map_len=limits.CLASSES_MAX,
         )
     except (ValueError, msgpack.exceptions.UnpackException) as error:
         raise BrokenFrame("a message is not msgpack") from error

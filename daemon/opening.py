@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 
-from ..errors import NotAuthorisedError, UsageError
+from pydantic import ValidationError
+
+from ..errors import NotAuthorisedError, PeerError, UsageError
 from ..run import JoinCode, RunSpec
 from .addresses import PeerAddress
 from .events import Event
@@ -56,7 +58,10 @@ def remembered(options: DaemonOptions, run_store: RunStore | None) -> DaemonOpti
     given = options.model_dump(mode="json")
     defaults = DaemonOptions(mode=options.mode, state=options.state).model_dump(mode="json")
     kept = {name: saved[name] for name, value in given.items() if name in saved and value == defaults[name]}
-    return DaemonOptions.model_validate({**given, **kept})
+    try:
+        return DaemonOptions.model_validate({**given, **kept})
+    except ValidationError:
+        return options  # of another version
 
 
 def earlier_events(run_store: RunStore | None) -> list[Event]:
@@ -72,7 +77,11 @@ def earlier_events(run_store: RunStore | None) -> list[Event]:
 def saved_addresses(run_store: RunStore | None) -> list[PeerAddress]:
     """Where the others were the last time."""
     saved = run_store.meta().get("addresses") if run_store is not None else None
-    return [PeerAddress.parse(str(text)) for text in saved] if isinstance(saved, list) else []
+    addresses = []
+    for text in saved if isinstance(saved, list) else ():
+        with contextlib.suppress(PeerError):
+            addresses.append(PeerAddress.parse(str(text)))
+    return addresses
 
 
 def saved_port(run_store: RunStore | None, host: str) -> int:

@@ -23,7 +23,7 @@ from .errors import IncompatibleError, PeerError, UsageError
 from .files import storage_error, write_atomic
 from .ledger import Contribution, joined_seen, states_digest
 from .merging import merge
-from .models import GlobalModel, Stem, blank_shard, blank_stem, initial_shard
+from .models import GlobalModel, blank_shard, blank_stem, initial_shard
 from .models.build import STEM_PREFIX, filled, with_prefix
 from .run import STEM, RunSpec, ShardId
 from .shards import ShardTensors, restore_branch
@@ -74,6 +74,15 @@ class LoadedModel:
     def coverage(self) -> float:
         """Fraction of the classes that the model can tell, 0..1."""
         return coverage(self.spec, self.missing)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelParts:
+    """What a model file says: tensors by shard and name, of a network that is not built yet."""
+
+    spec: RunSpec
+    states: dict[ShardId, dict[str, Tensor]]
+    provenance: dict[str, Any]
 
 
 def coverage(spec: RunSpec, missing: Iterable[ShardId]) -> float:
@@ -159,23 +168,47 @@ def load_model(source: Path | bytes) -> LoadedModel:
     """
     where = str(source) if isinstance(source, Path) else "the model"
     data = _read(source) if isinstance(source, Path) else source
+    parts = read_model(data, where)
+    spec = parts.spec
+    branches = {
+        shard: restore_branch(spec, spec.task(shard), state)
+        for shard, state in parts.states.items()
+        if shard != STEM
+    }
+    model = GlobalModel(
+        spec, filled(blank_stem(spec), with_prefix(parts.states[STEM], STEM_PREFIX)), branches
+    )
+    missing = tuple(shard for shard in spec.shards if shard not in parts.states)
+    return LoadedModel(spec=spec, model=model.eval(), provenance=parts.provenance, missing=missing)
+
+
+def read_model(data: bytes, where: str = "the model") -> ModelParts:
+    """What a model file says, checked.
+
+    Args:
+        where: what an error calls it.
+
+    Raises:
+        UsageError, IncompatibleError: see `load_model`.
+    """
     try:
-        return _load(data)
+        return _parts(data)
     except (PeerError, UsageError) as error:
         raise UsageError(
             f"{where} is not a model of p2pcollab, or is damaged: {error.what}", _NOT_OURS
         ) from error
 
 
-def _load(data: bytes) -> LoadedModel:
+def _parts(data: bytes) -> ModelParts:
     header, start = _header(data)
     metadata = header.pop("__metadata__", None)
     if not isinstance(metadata, dict) or metadata.get("format") != "p2pcollab-model":
         raise PeerError("it does not say that it is one")
     if metadata.get("format_version") != str(FORMAT_VERSION):
+        # Escaped and cut: whoever wrote the file must not write to a terminal.
+        found = ascii(str(metadata.get("format_version")))[1:-1][:20]
         raise IncompatibleError(
-            f"the model file has format version {str(metadata.get('format_version'))[:20]}, "
-            f"this program reads {FORMAT_VERSION}",
+            f"the model file has format version {found}, this program reads {FORMAT_VERSION}",
             "install the version of p2pcollab that wrote it",
         )
     run_spec, provenance = str(metadata.get("run_spec")), str(metadata.get("provenance"))
@@ -184,24 +217,19 @@ def _load(data: bytes) -> LoadedModel:
         raise PeerError("its content is not what was written")
     spec = RunSpec.decode(run_spec.encode(errors="replace"))
     states: dict[ShardId, dict[str, Tensor]] = {}
+    # Only of shards that the file claims to have is the network worked out, which takes a millisecond each.
+    claimed = {name.partition(".")[0] for name in header}
     for shard in spec.shards:
-        names = _names(shard, blank_shard(spec, shard))
-        if shard != STEM and not any(name in header for name in names):
+        if shard != STEM and shard not in claimed:
             continue
         blank = blank_shard(spec, shard)
         states[shard] = {
-            own: _tensor(header.pop(name, None), body, name, blank[own]) for name, own in names.items()
+            own: _tensor(header.pop(name, None), body, name, blank[own])
+            for name, own in _names(shard, blank).items()
         }
     if header:
         raise PeerError(f"it holds a tensor {next(iter(header))[:40]!r} that the run's model has not")
-    branches = {
-        shard: restore_branch(spec, spec.task(shard), state)
-        for shard, state in states.items()
-        if shard != STEM
-    }
-    model = GlobalModel(spec, _stem(spec, states[STEM]), branches)
-    missing = tuple(shard for shard in spec.shards if shard not in states)
-    return LoadedModel(spec=spec, model=model.eval(), provenance=_parse_json(provenance), missing=missing)
+    return ModelParts(spec=spec, states=states, provenance=_parse_json(provenance))
 
 
 def _names(shard: ShardId, tensors: Mapping[str, Tensor]) -> dict[str, str]:
@@ -242,6 +270,10 @@ def _json(value: object) -> str:
 
 
 def _parse_json(text: str) -> dict[str, Any]:
+    # Counted, those in names included, before any of them becomes an object.
+    lists, items = text.count("[") + text.count("{"), text.count(",")
+    if lists > limits.MODEL_HEADER_LISTS_MAX or items > limits.MODEL_HEADER_ITEMS_MAX:
+        raise PeerError("its header has more parts than any model's")
     try:
         value = json.loads(text)
     except (ValueError, RecursionError) as error:
@@ -292,7 +324,3 @@ def _tensor(entry: Any, body: memoryview, name: str, blank: Tensor) -> Tensor:
     if not bool(tensor.isfinite().all()):
         raise PeerError(f"the tensor {name} holds values that are not finite")
     return tensor
-
-
-def _stem(spec: RunSpec, state: Mapping[str, Tensor]) -> Stem:
-    return filled(blank_stem(spec), with_prefix(state, STEM_PREFIX))

@@ -12,6 +12,11 @@ MIB: Final = 1024 * KIB
 
 #: Need: 1,000 class names of 64 characters. Stops: a run spec that fills memory when it is parsed.
 RUN_SPEC_BYTES_MAX: Final = 128 * KIB
+#: Its lists and objects. Need: two for each of 128 tasks, and brackets in the classes' names.
+RUN_SPEC_LISTS_MAX: Final = 1024
+#: Its commas. Need: 1,000 classes, each in eight tasks. Stops, with the one above: tens of thousands of
+#: objects that are made only to be refused.
+RUN_SPEC_ITEMS_MAX: Final = 16_384
 #: Need: ImageNet-1k. Stops: quadratic work in the allotment.
 CLASSES_MAX: Final = 1000
 #: Need: 100 classes in single-class tasks. Worst case: DEVICES_MAX * TASKS_MAX ledger entries of 4 KiB.
@@ -31,6 +36,9 @@ CONTRIBUTION_BYTES_MAX: Final = 16 * KIB
 UNARY_BYTES_MAX: Final = 512 * KIB
 #: Ledger entries in one message.
 ENTRIES_PER_MESSAGE_MAX: Final = 64
+#: Arrays, maps and their elements in one message. Need: a full summary, five for each entry. Stops: half a
+#: million empty maps in one message.
+MESSAGE_PARTS_MAX: Final = 32_768
 #: Keys of a ledger in one summary: TASKS_MAX + 1 shards of a few dozen devices each; more goes in pages.
 SUMMARY_ENTRIES_MAX: Final = 4096
 #: Need: the stem or one branch of VGG-16, about 60 MB in fp16 when undivided. Worst case memory: one shard
@@ -77,8 +85,12 @@ API_WAIT_S_MAX: Final = 30.0
 #: Need: VGG-16 undivided in fp32 (about 540 MB) as one assembled model.
 MODEL_BYTES_MAX: Final = 1024 * MIB
 #: Header of a model file: the run spec, and 128 shards with contributor and digest for each of 256 devices.
-#: Worst case, as JSON of nothing but brackets: about 130 MiB.
 MODEL_HEADER_BYTES_MAX: Final = 4 * MIB
+#: Its lists and objects. Need: three for each of 100 tensors in 128 shards.
+MODEL_HEADER_LISTS_MAX: Final = 65_536
+#: Its commas. Need: seven for each of these tensors, and two for each contributor and digest. Worst case,
+#: with the one above: 40 MiB of small objects, where brackets alone made 130.
+MODEL_HEADER_ITEMS_MAX: Final = 262_144
 #: One message between the daemon and its trainer: a shard, or an assembled model, and its description.
 TRAINER_FRAME_BYTES_MAX: Final = MODEL_BYTES_MAX + MIB
 #: Held-out examples on which a lease's result is tried: 256 give a standard error of at most 3 points.

@@ -61,7 +61,7 @@ _PRINTABLE: Final = r"^[^\x00-\x1f\x7f-\x9f\u200b-\u200f\u2028-\u202e\u2060-\u20
 _Nickname = Annotated[
     str, StringConstraints(min_length=1, max_length=limits.NAME_CHARS_MAX, pattern=_PRINTABLE)
 ]
-_Shards = Annotated[tuple[ShardField, ...], Field(max_length=limits.TASKS_MAX + 1)]
+_Shards = Annotated[tuple[ShardField, ...], Field(max_length=limits.TASKS_MAX + 1, fail_fast=True)]
 _Amount = Annotated[float, Field(ge=0.0, le=1e21)]
 
 
@@ -81,7 +81,7 @@ class DeviceRecord(Frozen):
     #: Share of the machine that training may use, 0..1.
     budget: Annotated[float, Field(ge=0.0, le=1.0)]
     #: Training samples per class of the run.
-    class_counts: Annotated[tuple[CountField, ...], Field(max_length=limits.CLASSES_MAX)]
+    class_counts: Annotated[tuple[CountField, ...], Field(max_length=limits.CLASSES_MAX, fail_fast=True)]
     #: The only tasks that the device trains; None: all.
     tasks: _Shards | None = None
     prefer: _Shards = ()
@@ -89,14 +89,15 @@ class DeviceRecord(Frozen):
     lease_sequence: CountField = 0
     #: (shard, generation, samples) of each shard in the device's ledger.
     progress: Annotated[
-        tuple[tuple[ShardField, CountField, CountField], ...], Field(max_length=limits.TASKS_MAX + 1)
+        tuple[tuple[ShardField, CountField, CountField], ...],
+        Field(max_length=limits.TASKS_MAX + 1, fail_fast=True),
     ] = ()
     #: Multiaddrs.
     addresses: Annotated[
         tuple[
             Annotated[str, StringConstraints(max_length=limits.ADDRESS_CHARS_MAX, pattern=r"^/[!-~]+$")], ...
         ],
-        Field(max_length=limits.ADDRESSES_MAX),
+        Field(max_length=limits.ADDRESSES_MAX, fail_fast=True),
     ] = ()
     #: Program and libraries, for diagnosis.
     versions: Annotated[str, StringConstraints(max_length=limits.NAME_CHARS_MAX, pattern=r"^[ -~]*$")] = ""

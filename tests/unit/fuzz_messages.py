@@ -1,0 +1,515 @@
+"""Fuzz targets: what comes over the network, and what people type.
+
+A target that lies behind a MAC, a signature or a seal puts it on by itself, so that what is behind is tried
+as well: an insider can do so, too.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import struct
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+from functools import lru_cache
+from types import SimpleNamespace
+from typing import Any
+
+from cryptography.hazmat.primitives.ciphers.aead import ChaCha20Poly1305
+from fuzzing import (
+    ALICE,
+    BOB,
+    KEYS,
+    NOW,
+    RUN,
+    SPEC,
+    Target,
+    contribution,
+    json_bombs,
+    msgpack_bombs,
+    pack,
+    reader,
+    record,
+    run_at_once,
+    unpack,
+)
+
+from p2pcollab import limits
+from p2pcollab.errors import IncompatibleError, NotAuthorisedError, PeerError, UsageError
+from p2pcollab.keys import public_key_of_peer
+from p2pcollab.ledger import Ledger
+from p2pcollab.records import BOARD_DEVICES, open_record, seal_record
+from p2pcollab.run import DeviceId, JoinCode, RunSpec, ShardId
+from p2pcollab.screen import reason_to_refuse
+from p2pcollab.wire import (
+    NONCE_BYTES,
+    Authenticator,
+    Download,
+    ErrorReply,
+    Exchange,
+    ExchangeReply,
+    Fetch,
+    Hello,
+    HelloReply,
+    Message,
+    Push,
+    PushReply,
+    StreamHeader,
+    decode_contribution,
+    decode_reply,
+    encode_contribution,
+    mac,
+)
+
+# Messages
+
+_KINDS: dict[int, type[Message]] = {
+    kind.TAG: kind
+    for kind in (
+        Hello,
+        HelloReply,
+        Exchange,
+        ExchangeReply,
+        Push,
+        PushReply,
+        Fetch,
+        StreamHeader,
+        ErrorReply,
+    )
+}
+
+
+def _messages() -> list[Message]:
+    summary = {
+        (ShardId(f"t{number % 8}"), DeviceId(f"{number:032x}")): (number, bytes(8)) for number in range(9)
+    }
+    return [
+        Hello(run_prefix="ab" * 7, version=1),
+        HelloReply(spec=SPEC.encode()),
+        Exchange.create(bytes(32), summary),
+        Exchange.create(bytes(32), {}, (ShardId("stem"), ShardId("t0"))),
+        ExchangeReply(root=bytes(32), entries=(contribution(),), want=(("t0", "0" * 32),)),
+        Push(entries=(contribution(),), record=seal_record(KEYS, ALICE, record())),
+        Push(entries=()),
+        PushReply(accepted=3),
+        Fetch(digest="ef" * 32, offset=1000),
+        StreamHeader(digest="ef" * 32, length=123_456),
+        ErrorReply(code="not-found", text="this device does not hold that shard"),
+    ]
+
+
+def _parse_message(data: bytes) -> Callable[[], None]:
+    tag = data[0] if data else 0
+    kind = _KINDS.get(tag, Hello)
+    # Every kind of reply may be an error instead.
+    message: Message = decode_reply(kind, data)
+
+    def check() -> None:
+        assert type(message).decode(message.encode()) == message
+        if isinstance(message, Exchange):
+            ledger = Ledger()
+            assert ledger.newer_than(message.summary_map()) == ()
+            assert len(ledger.older_than(message.summary_map())) <= len(message.summary)
+
+    return check
+
+
+def _message_bombs() -> Iterable[bytes]:
+    for tag, kind in _KINDS.items():
+        # Two kinds with sequences stand for all.
+        if kind in (Exchange, ExchangeReply):
+            for bomb in msgpack_bombs(limits.UNARY_BYTES_MAX - 1, kind.model_fields):
+                yield bytes([tag]) + bomb
+    full = {(ShardId(f"t{n % 128}"), DeviceId(f"{n:032x}")): (n, bytes(8)) for n in range(4096)}
+    yield Exchange.create(bytes(32), full).encode()
+
+
+MESSAGE = Target(
+    name="message",
+    promise="The bytes of a request or reply are a valid message, or PeerError is raised.",
+    parse=_parse_message,
+    allowed=(PeerError,),
+    examples=lambda: (message.encode() for message in _messages()),
+    form="msgpack",
+    prefix=1,
+    bombs=_message_bombs,
+)
+
+
+def _authenticator() -> Authenticator:
+    return Authenticator(KEYS, BOB.peer_id)
+
+
+def _parse_call(data: bytes) -> Callable[[], None] | None:
+    """First byte: 0 a request and 1 a response as they come, 2 and 3 the same with a right MAC."""
+    mode, rest = data[:1], data[1:]
+    method, nonce = "p2pcollab/1/exchange", bytes(NONCE_BYTES)
+    sender, own = ALICE.peer_id.encode(), BOB.peer_id.encode()
+    if mode == b"\x02":
+        rest = mac(KEYS, b"p2pcollab/request/1", method.encode(), sender, own, rest) + rest
+    elif mode == b"\x03":
+        rest = mac(KEYS, b"p2pcollab/response/1", method.encode(), sender, own, nonce + rest) + rest
+    if mode in (b"\x00", b"\x02"):
+        body, _ = _authenticator().open_request(method, rest, ALICE.peer_id, NOW)
+        Exchange.decode(body)
+    else:
+        body = _authenticator().open_response(method, rest, ALICE.peer_id, nonce)
+        decode_reply(ExchangeReply, body)
+    return None
+
+
+def _calls() -> Iterable[bytes]:
+    alice, nonce = Authenticator(KEYS, ALICE.peer_id), bytes(NONCE_BYTES)
+    request = alice.seal_request(
+        "p2pcollab/1/exchange", Exchange.create(bytes(32), {}).encode(), BOB.peer_id, NOW, nonce
+    )
+    reply = ExchangeReply(root=bytes(32), entries=(), want=()).encode()
+    yield b"\x00" + request
+    yield b"\x01" + alice.seal_response("p2pcollab/1/exchange", reply, BOB.peer_id, nonce)
+    yield b"\x02" + request[32:]
+    yield b"\x03" + reply
+
+
+CALL = Target(
+    name="call",
+    promise="A sealed request or response opens, or PeerError or NotAuthorisedError is raised.",
+    parse=_parse_call,
+    allowed=(PeerError, NotAuthorisedError),
+    examples=_calls,
+    bombs=lambda: [bytes([mode]) + bytes(limits.UNARY_BYTES_MAX + 100) for mode in range(4)],
+)
+
+
+# Contributions
+
+
+def _check_contribution(data: bytes) -> Callable[[], None]:
+    contribution = decode_contribution(data, RUN)
+
+    def check() -> None:
+        assert encode_contribution(contribution) == data
+        reason = reason_to_refuse(contribution, SPEC)
+        assert reason is None or reason.isprintable()
+        ledger = Ledger([contribution])
+        assert ledger.join(ledger) == ledger
+        assert ledger.frontier(contribution.shard) == (contribution,)
+
+    return check
+
+
+def _signed(data: bytes) -> bytes:
+    """An insider's bytes: any fields at all, signed by a key of the run."""
+    fields = unpack(data)
+    if not isinstance(fields, dict):
+        return data
+    fields.pop("signature", None)
+    payload = pack(fields)
+    return pack({**fields, "signature": ALICE.sign(b"p2pcollab/contribution/1" + payload)})
+
+
+def _contribution_bombs() -> list[bytes]:
+    return msgpack_bombs(limits.CONTRIBUTION_BYTES_MAX, ("seen", "surprise"))
+
+
+CONTRIBUTION = Target(
+    name="contribution",
+    promise="The bytes are a verified contribution of this run in its one encoding, or PeerError is raised.",
+    parse=_check_contribution,
+    allowed=(PeerError,),
+    examples=lambda: [contribution(), contribution(shard=ShardId("stem"), stem_digest="")],
+    form="msgpack",
+    bombs=_contribution_bombs,
+)
+SIGNED_CONTRIBUTION = Target(
+    name="signed-contribution",
+    promise="Whatever an insider signs is a contribution in its one encoding, or PeerError is raised.",
+    parse=lambda data: _check_contribution(_signed(data)),
+    allowed=(PeerError,),
+    examples=CONTRIBUTION.examples,
+    form="msgpack",
+    bombs=_contribution_bombs,
+)
+
+
+# Board records
+
+
+def _check_record(data: bytes) -> Callable[[], None]:
+    record = open_record(KEYS, data, RUN, ALICE.device)
+
+    def check() -> None:
+        assert open_record(KEYS, seal_record(KEYS, ALICE, record), RUN, ALICE.device) == record
+
+    return check
+
+
+def _sealed_record(payload: bytes) -> bytes:
+    """Any payload at all, signed by Alice and sealed for her place."""
+    nonce = hashlib.sha256(payload).digest()[:12]
+    content = ALICE.public_key + ALICE.sign(b"p2pcollab/record/1" + payload) + payload
+    bound_to = b"p2pcollab/record/1" + pack([RUN, BOARD_DEVICES, ALICE.device])
+    return nonce + ChaCha20Poly1305(KEYS.seal_key).encrypt(nonce, content, bound_to)
+
+
+RECORD = Target(
+    name="record",
+    promise="What lies on the board under a device's name is its record, or PeerError is raised.",
+    parse=_check_record,
+    allowed=(PeerError,),
+    examples=lambda: [_sealed_record(pack(record().model_dump()))],
+    bombs=lambda: [bytes(limits.RECORD_BYTES_MAX), bytes(limits.RECORD_BYTES_MAX + 1)],
+)
+SEALED_RECORD = Target(
+    name="sealed-record",
+    promise="Whatever an insider seals is a record, or PeerError is raised.",
+    parse=lambda data: _check_record(_sealed_record(data)),
+    allowed=(PeerError,),
+    examples=lambda: [pack(record().model_dump()), pack(record(tasks=(), state="left").model_dump())],
+    form="msgpack",
+    bombs=lambda: msgpack_bombs(limits.RECORD_BYTES_MAX - 124, ("class_counts", "progress", "surprise")),
+)
+
+
+@lru_cache
+def _validator() -> Any:
+    from p2pcollab.daemon.board import RecordValidator
+
+    return RecordValidator(KEYS, RUN, lambda: NOW, lambda _device: True)
+
+
+def _parse_board_value(data: bytes) -> Callable[[], None] | None:
+    """First byte: 0 subkey and value as they come, 1 the right subkey and the value sealed."""
+    from hivemind.dht.validation import DHTRecord
+
+    subkey, value = data[1:35], data[35:]
+    if data[:1] == b"\x01":
+        subkey, value = b"\xd9\x20" + ALICE.device.encode(), pack(_sealed_record(data[1:]))
+    validator = _validator()
+    record = DHTRecord(validator.key.to_bytes(), subkey, value, NOW + 300)
+    assert validator.validate(record) in (True, False)
+    return None
+
+
+BOARD_VALUE = Target(
+    name="board-value",
+    promise="The DHT's validator says yes or no to any subkey and value, and raises nothing.",
+    parse=_parse_board_value,
+    allowed=(),
+    examples=lambda: [
+        b"\x00" + b"\xd9\x20" + ALICE.device.encode() + pack(_sealed_record(pack(record().model_dump()))),
+        b"\x01" + pack(record().model_dump()),
+    ],
+    form="msgpack",
+    prefix=1,
+    bombs=lambda: [b"\x00" + b"\xd9\x20" + b"a" * 32 + bytes(limits.UNARY_BYTES_MAX)],
+)
+
+
+# Typed and exchanged text
+
+
+def _parse_join_code(data: bytes) -> Callable[[], None]:
+    code = JoinCode.parse(data.decode(errors="surrogateescape"))
+
+    def check() -> None:
+        assert JoinCode.parse(str(code)) == code
+
+    return check
+
+
+JOIN_CODE = Target(
+    name="join-code",
+    promise="What a person types is a join code, or UsageError is raised.",
+    parse=_parse_join_code,
+    allowed=(UsageError,),
+    examples=lambda: [
+        str(JoinCode.create(b"the run's secret", SPEC.run_id)).encode(),
+        str(JoinCode.create(bytes(16), RUN)).lower().replace("-", " ").encode(),
+    ],
+    length_max=512,
+    bombs=lambda: [b"P2P-" + b"A" * limits.MIB, b"-" * limits.MIB, b"P2P" + b"\xff" * 1000],
+)
+
+
+def _parse_run_spec(data: bytes) -> Callable[[], None]:
+    spec = RunSpec.decode(data)
+
+    def check() -> None:
+        assert spec.encode() == data
+        assert RunSpec.decode(spec.encode()) == spec
+        assert all(spec.budget(shard) >= 1 and spec.label(shard) for shard in spec.shards)
+
+    return check
+
+
+def _spec_examples() -> Iterable[bytes]:
+    yield SPEC.encode()
+    yield SPEC.model_copy(update={"name": "🐱 <b>", "seed": 2**31 - 1}).encode()
+
+
+RUN_SPEC = Target(
+    name="run-spec",
+    promise="The bytes are a run spec in its one encoding, or PeerError or IncompatibleError is raised.",
+    parse=_parse_run_spec,
+    allowed=(PeerError, IncompatibleError),
+    examples=_spec_examples,
+    form="json",
+    bombs=lambda: json_bombs(limits.RUN_SPEC_BYTES_MAX, SPEC.encode()),
+)
+
+
+def _parse_address(data: bytes) -> None:
+    from p2pcollab.daemon.addresses import PeerAddress
+
+    text = data.decode(errors="surrogateescape")
+    for parse, error in (
+        (public_key_of_peer, PeerError),
+        (PeerAddress.parse, PeerError),
+        (PeerAddress.parse_option, UsageError),
+    ):
+        try:
+            parsed = parse(text)
+        except error:
+            continue
+        if isinstance(parsed, PeerAddress):
+            assert PeerAddress.parse(str(parsed)) == parsed
+
+
+ADDRESS = Target(
+    name="address",
+    promise="Text is a peer id or an address, or PeerError is raised; UsageError where a person typed it.",
+    parse=_parse_address,
+    allowed=(),
+    examples=lambda: [
+        ALICE.peer_id.encode(),
+        f"/ip4/192.168.1.7/tcp/31337/p2p/{ALICE.peer_id}".encode(),
+        f"192.168.1.7:31337/{ALICE.peer_id}".encode(),
+    ],
+    length_max=512,
+    bombs=lambda: [b"z" * limits.MIB, b"/ip4/1.2.3.4/tcp/1/p2p/" + b"z" * limits.MIB],
+)
+
+
+@lru_cache
+def _interface() -> Any:
+    from p2pcollab.daemon.interfaces import Interface
+
+    return Interface(name="eth0", address="192.168.1.2", prefix_bits=24)
+
+
+def _parse_announcement(data: bytes) -> Callable[[], None]:
+    from zeroconf.asyncio import AsyncServiceInfo
+
+    from p2pcollab.daemon.discovery import SERVICE, parse_announcement
+
+    info = AsyncServiceInfo(
+        SERVICE, f"x.{SERVICE}", addresses=[data[:4].ljust(4, b"\1")], port=1, properties=data[4:]
+    )
+    found = parse_announcement(info, _interface())
+
+    def check() -> None:
+        assert found.name.isprintable() and len(found.name) <= limits.NAME_CHARS_MAX
+        assert len(found.run_prefix) == 14
+
+    return check
+
+
+def _txt(**fields: str) -> bytes:
+    pairs = [f"{key}={value}".encode() for key, value in fields.items()]
+    return b"".join(bytes([len(pair)]) + pair for pair in pairs)
+
+
+ANNOUNCEMENT = Target(
+    name="announcement",
+    promise="What a stranger announces is an address on this network, or PeerError is raised.",
+    parse=_parse_announcement,
+    allowed=(PeerError,),
+    examples=lambda: [
+        bytes([192, 168, 1, 7]) + _txt(v="1", run="ab" * 7, name="pets", peer=ALICE.peer_id, port="4001"),
+    ],
+    length_max=2048,
+    bombs=lambda: [bytes([192, 168, 1, 7]) + b"\xff" * 9000, bytes([192, 168, 1, 7]) + b"\x00" * 9000],
+)
+
+
+def _parse_packet(data: bytes) -> Callable[[], None] | None:
+    from p2pcollab.daemon.discovery import _Answers
+
+    taken: list[Any] = []
+    manager = SimpleNamespace(async_updates_from_response=lambda message: taken.extend(message.answers()))
+    zeroconf: Any = SimpleNamespace(record_manager=manager)
+    _Answers(zeroconf, _interface()).datagram_received(data, ("192.168.1.7", 5353))
+    return None
+
+
+def _packets() -> Iterable[bytes]:
+    from zeroconf import DNSOutgoing
+    from zeroconf.asyncio import AsyncServiceInfo
+
+    from p2pcollab.daemon.discovery import SERVICE
+
+    fields = {"v": "1", "run": "ab" * 7, "name": "pets", "peer": ALICE.peer_id, "port": "4001"}
+    info = AsyncServiceInfo(
+        SERVICE,
+        f"x.{SERVICE}",
+        addresses=[bytes([192, 168, 1, 7])],
+        port=1,
+        properties=fields,
+        server="x.local.",
+    )
+    answer = DNSOutgoing(0x8400)
+    for made in (info.dns_pointer(), info.dns_service(), info.dns_text(), *info.dns_addresses()):
+        answer.add_answer_at_time(made, 0)
+    yield from answer.packets()
+
+
+PACKET = Target(
+    name="mdns-packet",
+    promise="A packet on the port that asks for devices is an answer or is dropped; nothing is raised.",
+    parse=_parse_packet,
+    allowed=(),
+    examples=_packets,
+    length_max=9000,
+    bombs=lambda: [
+        b"\x00\x00\x84\x00\x00\x00\xff\xff\x00\x00\x00\x00" + b"\xc0\x0c" * 4400,
+        b"\x00\x00\x84\x00\x00\x00\xff\xff\x00\x00\x00\x00" + b"\x00" * 8900,
+        b"\x00\x00\x84\x00\x00\x00\xff\xff\x00\x00\x00\x00" + b"\x01a" * 4400,
+        b"\x00\x00\x84\x00\x00\x00\x03\x00\x00\x00\x00\x00"
+        + b"\x00\x00\x01\x00\x01\x00\x00\x00\x00\x00\x00" * 800,
+    ],
+)
+
+
+# Streams
+
+
+_STREAMED = bytes(range(256)) * 8
+
+
+def _parse_stream(data: bytes) -> Callable[[], None] | None:
+    from p2pcollab.daemon.streams import _read_chunk
+
+    download = Download(hashlib.sha256(_STREAMED).hexdigest(), len(_STREAMED))
+    stream = reader(data)
+    with suppress(asyncio.IncompleteReadError):
+        while not download.complete:
+            download.feed(run_at_once(_read_chunk(stream)))
+    whole = download.finish()
+
+    def check() -> None:
+        assert whole == _STREAMED
+
+    return check
+
+
+STREAM = Target(
+    name="stream",
+    promise="A stream of chunks brings the bytes of the digest that was asked for, or PeerError is raised.",
+    parse=_parse_stream,
+    allowed=(PeerError,),
+    examples=lambda: [
+        struct.pack(">I", len(_STREAMED)) + _STREAMED,
+        struct.pack(">I", 1000) + _STREAMED[:1000] + struct.pack(">I", 1048) + _STREAMED[1000:],
+    ],
+    bombs=lambda: [b"\xff\xff\xff\xff" + bytes(1000), struct.pack(">I", limits.CHUNK_BYTES_MAX) + bytes(9)],
+)

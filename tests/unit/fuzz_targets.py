@@ -1,0 +1,45 @@
+"""Every fuzz target, by name."""
+
+from __future__ import annotations
+
+from fuzz_files import FRAME, MODEL, SEALED_MODEL, SHARD, STATE
+from fuzz_messages import (
+    ADDRESS,
+    ANNOUNCEMENT,
+    BOARD_VALUE,
+    CALL,
+    CONTRIBUTION,
+    JOIN_CODE,
+    MESSAGE,
+    PACKET,
+    RECORD,
+    RUN_SPEC,
+    SEALED_RECORD,
+    SIGNED_CONTRIBUTION,
+    STREAM,
+)
+from fuzzing import Target
+
+TARGETS: dict[str, Target] = {
+    target.name: target
+    for target in (
+        MESSAGE,
+        CALL,
+        CONTRIBUTION,
+        SIGNED_CONTRIBUTION,
+        RECORD,
+        SEALED_RECORD,
+        BOARD_VALUE,
+        JOIN_CODE,
+        RUN_SPEC,
+        ADDRESS,
+        ANNOUNCEMENT,
+        PACKET,
+        STREAM,
+        FRAME,
+        SHARD,
+        MODEL,
+        SEALED_MODEL,
+        STATE,
+    )
+}
