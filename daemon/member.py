@@ -110,8 +110,7 @@ class Member:
         self._worker_done = anyio.Event()
         self._publishing = anyio.Lock()
         self.gossip.restore(run_store.load_contributions())
-        for notice in run_store.notices():
-            session.warn("store", notice)
+        self._tell_notices()
         # Not what only this start needs, and no secret a second time.
         passing = {"mode", "state", "attached", "code", "spec", "secret_hex"}
         run_store.set_meta({"options": options.model_dump(mode="json", exclude=passing)})
@@ -303,6 +302,11 @@ class Member:
 
     # Storage
 
+    def _tell_notices(self) -> None:
+        """Tell what the store has found damaged."""
+        for notice in self.session.store.notices():
+            self.session.warn("store", notice)
+
     async def _save_regularly(self) -> None:
         while True:
             await anyio.sleep(_SAVE_S)
@@ -311,6 +315,7 @@ class Member:
     def _save(self) -> None:
         """Remember what a restart should know besides the ledger."""
         session = self.session
+        self._tell_notices()
         try:
             session.store.set_meta(
                 {

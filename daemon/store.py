@@ -194,7 +194,11 @@ class Store:
 
     @current.setter
     def current(self, run_id: RunId | None) -> None:
-        self._current.write(run_id.encode() if run_id else _NO_RUN)
+        content = run_id.encode() if run_id else _NO_RUN
+        with contextlib.suppress(StorageError):
+            if self._current.read(self._notices) == content:
+                return
+        self._current.write(content)
 
     def _run_folder(self, run_id: RunId) -> Path:
         assert _RUN_ID.fullmatch(run_id), run_id

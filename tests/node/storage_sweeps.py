@@ -122,9 +122,11 @@ def flips(seed: int, *, closed: bool, sample: int = 0) -> Tally:
         for path in sorted(path for path in base.rglob("*") if path.is_file()):
             relative, data = path.relative_to(base), path.read_bytes()
             rng = random.Random(f"{seed} {relative}")
-            positions = range(len(data))
-            if sample and len(data) > sample:
-                positions = sorted(rng.sample(positions, sample))  # type: ignore[assignment]
+            positions = list(range(len(data)))
+            # SQLite never reads what a daemon that has ended left in its shared memory.
+            most = sample or (500 if relative.name.endswith("-shm") else 0)
+            if most and len(data) > most:
+                positions = sorted(rng.sample(positions, most))
             for position in positions:
                 flip = rng.choice([0xFF, *(1 << bit for bit in range(8))])
                 shutil.rmtree(work)
