@@ -33,7 +33,7 @@ def main() -> int:
     parser.add_argument("--json", type=Path, help="write the table here as well")
     options = parser.parse_args()
     if sqlite_library() is None:
-        print("this Python's SQLite is linked statically and cannot be recorded", file=sys.stderr)
+        print("this Python hides its SQLite, which cannot be recorded", file=sys.stderr)
         return 2
     seeds, leases = range(1, options.seeds + 1), options.leases
     sweeps: list[tuple[str, Callable[[int], Tally]]] = [

@@ -2,8 +2,7 @@
 
 Two recorders write one log. `_Os` stands in for the module `os` in p2pcollab/files.py, through which all of
 our own changes go. SQLite's go through a VFS of ours, written with ctypes, that hands everything on to its
-own: it needs a Python that links SQLite dynamically, as those of Linux distributions, pyenv and Homebrew
-do.
+own: it needs a Python that does not hide its SQLite, as those of Linux distributions, pyenv and Homebrew.
 
 The model of the disk is the strict one of POSIX. A file's bytes are safe when the file was synchronised,
 its name when its folder was. Of what is not safe yet, a power cut leaves any part: every write alone is
@@ -13,12 +12,11 @@ which it relies by default (SQLITE_IOCAP_POWERSAFE_OVERWRITE): a torn write does
 
 from __future__ import annotations
 
+import _sqlite3
 import ctypes as C
-import ctypes.util
 import errno
 import os
 import random
-import sqlite3
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -219,16 +217,13 @@ class _OpenFile:
 
 
 def sqlite_library() -> Any:
-    """The very SQLite that Python uses, or None."""
-    path = ctypes.util.find_library("sqlite3")
-    if path is None:
+    """The very SQLite that Python uses, found through its module; None where that hides it."""
+    path = getattr(_sqlite3, "__file__", None)
+    library = C.CDLL(path) if path else None
+    if library is None or not hasattr(library, "sqlite3_vfs_register"):
         return None
-    library = C.CDLL(path)
     library.sqlite3_vfs_find.restype = C.c_void_p
     library.sqlite3_vfs_find.argtypes = [C.c_char_p]
-    library.sqlite3_libversion.restype = C.c_char_p
-    if library.sqlite3_libversion().decode() != sqlite3.sqlite_version:
-        return None
     return library
 
 

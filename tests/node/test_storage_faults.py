@@ -27,7 +27,7 @@ from p2pcollab.errors import StorageError
 SEED = 20
 
 recorded = pytest.mark.skipif(
-    sqlite_library() is None, reason="Python's SQLite is linked statically and cannot be recorded"
+    sqlite_library() is None, reason="this Python hides its SQLite, which cannot be recorded"
 )
 needs_root = pytest.mark.skipif(
     sys.platform != "linux" or os.geteuid() != 0, reason="only root mounts a small disk"
