@@ -24,7 +24,7 @@ from .files import storage_error, write_atomic
 from .ledger import Contribution, joined_seen, states_digest
 from .merging import merge
 from .models import GlobalModel, blank_shard, blank_stem, initial_shard
-from .models.build import STEM_PREFIX, filled, with_prefix
+from .models.build import MOMENTUM_PREFIX, STEM_PREFIX, filled, with_prefix
 from .run import STEM, RunSpec, ShardId
 from .shards import ShardTensors, restore_branch
 
@@ -233,10 +233,10 @@ def _parts(data: bytes) -> ModelParts:
 
 
 def _names(shard: ShardId, tensors: Mapping[str, Tensor]) -> dict[str, str]:
-    """Name in the file -> name in the shard. The stem's auxiliary head is never assembled."""
+    """Name in the file -> name in the shard. The stem's auxiliary head and momentum are never assembled."""
     if shard == STEM:
         return {name: name for name in tensors if name.startswith(STEM_PREFIX)}
-    return {f"{shard}.{name}": name for name in tensors}
+    return {f"{shard}.{name}": name for name in tensors if not name.startswith(MOMENTUM_PREFIX)}
 
 
 def _order(tensors: Mapping[str, Tensor]) -> list[str]:

@@ -14,7 +14,6 @@ from .run import STEM, RunSpec, ShardId
 
 #: Forward, gradient of the inputs, gradient of the weights: each as much work as the forward pass.
 TRAINED: Final = 3
-_KERNEL: Final = 9
 
 
 def macs_stem(spec: RunSpec) -> int:
@@ -62,7 +61,7 @@ def training_macs_dense(spec: RunSpec) -> int:
 
 
 def _macs(plan: Plan) -> int:
-    macs = sum(_KERNEL * conv.inputs * conv.outputs * conv.height * conv.width for conv in plan.convs)
+    macs = sum(conv.kernel**2 * conv.inputs * conv.outputs * conv.height * conv.width for conv in plan.convs)
     if plan.head is None:
         return macs
     head = plan.head

@@ -14,6 +14,7 @@ from . import cost
 from .errors import RunError
 from .optimiser import MeanMomentumSGD, learning_rate
 from .run import RunSpec, ShardId
+from .shards import Momentum
 
 Batches = Iterable[tuple[Tensor, Tensor]]
 """Images float32 [B, F, H, W] and labels int64 [B]."""
@@ -40,6 +41,7 @@ class Lease:
         samples: int,
         device: torch.device | str,
         batch_offered: int | None = None,
+        momentum: Momentum | None = None,
     ) -> None:
         self.spec = spec
         self.shards = tuple(modules)
@@ -51,7 +53,7 @@ class Lease:
         self.device = torch.device(device)
         for module in modules.values():
             module.to(self.device).to(memory_format=torch.channels_last).train()
-        self.optimizer = MeanMomentumSGD(spec.schedule, list(modules.values()))
+        self.optimizer = MeanMomentumSGD(spec.schedule, list(modules.values()), momentum)
         self.history: list[tuple[int, tuple[float, ...]]] = []
 
     def run(
@@ -85,6 +87,11 @@ class Lease:
             if done >= self.samples or not go_on:
                 break
         return done
+
+    @property
+    def momentum(self) -> Momentum:
+        """Mean gradients by parameter, as they are now."""
+        return self.optimizer.momentum
 
     def tail_losses(self) -> dict[ShardId, float]:
         """Mean losses over the last tenth of what was trained; 0 where nothing was."""

@@ -73,6 +73,9 @@ class ModelSpec(Frozen):
     stem_width: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
     #: Channels of a branch's stages as a fraction of the family's.
     branch_width: Annotated[float, Field(gt=0.0, le=1.0)]
+    #: A branch first brings the stem's maps down to this fraction of their channels, by a 1x1 convolution;
+    #: None: it takes them as they are.
+    branch_squeeze: Annotated[float, Field(gt=0.0, le=1.0)] | None = None
 
 
 class AudioSpec(Frozen):

@@ -6,8 +6,9 @@ one: nothing that a peer wrote is parsed, and nothing is allocated that the run'
 The bytes of equal tensors are equal on every device, whatever version of the safetensors library it has.
 
 Weights travel as fp16, which halves the traffic; vectors (batch norm, biases) as fp32, because running
-variances leave fp16's range; counters as int64. Decoding always restores the exact values whose digest
-was signed.
+variances leave fp16's range; counters as int64. The optimiser's momentum travels along as bf16: gradients
+are too small for fp16, and a direction needs no more than its eight bits. Decoding always restores the exact
+values whose digest was signed.
 """
 
 from __future__ import annotations
@@ -18,11 +19,12 @@ from collections.abc import Mapping
 from typing import Final
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .errors import PeerError, RunError
 from .models.build import (
     AUX_PREFIX,
+    MOMENTUM_PREFIX,
     STEM_PREFIX,
     blank_aux_head,
     blank_branch,
@@ -37,22 +39,50 @@ from .run import RunSpec, ShardId, TaskSpec
 ShardTensors = dict[str, Tensor]
 """The named tensors of one shard, on the CPU: float32, and int64 counters."""
 
-_FORMAT_NAMES: Final = {torch.float16: "F16", torch.float32: "F32", torch.int64: "I64"}
+Momentum = Mapping[nn.Parameter, Tensor]
+"""The running mean of each parameter's gradients (`optimiser.MeanMomentumSGD`)."""
+
+_FORMAT_NAMES: Final = {
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.float32: "F32",
+    torch.int64: "I64",
+}
 _LENGTH_BYTES: Final = 8
 #: The safetensors format wants the header's end, and so the tensors, aligned to this.
 _ALIGNMENT: Final = 8
 
 
-def cut_stem(stem: Stem, aux_head: Classifier) -> ShardTensors:
-    """The stem's shard: a copy of the stem and of its auxiliary head."""
-    tensors = {STEM_PREFIX + name: _copied(tensor) for name, tensor in stem.state_dict().items()}
-    tensors.update({AUX_PREFIX + name: _copied(tensor) for name, tensor in aux_head.state_dict().items()})
+def cut_stem(stem: Stem, aux_head: Classifier, momentum: Momentum | None = None) -> ShardTensors:
+    """The stem's shard: a copy of the stem and of its auxiliary head, and of their momentum (None: zero)."""
+    return {
+        **_cut(STEM_PREFIX, stem, momentum or {}),
+        **_cut(AUX_PREFIX, aux_head, momentum or {}),
+    }
+
+
+def cut_branch(branch: Classifier, momentum: Momentum | None = None) -> ShardTensors:
+    """A branch's shard: a copy of its tensors and of their momentum (None: zero)."""
+    return _cut("", branch, momentum or {})
+
+
+def restore_momentum(shard: Mapping[str, Tensor], modules: Mapping[str, nn.Module]) -> Momentum:
+    """The momentum that a shard brings, for the parameters of modules by their prefix in the shard."""
+    return {
+        parameter: shard[MOMENTUM_PREFIX + prefix + name]
+        for prefix, module in modules.items()
+        for name, parameter in module.named_parameters()
+    }
+
+
+def _cut(prefix: str, module: nn.Module, momentum: Momentum) -> ShardTensors:
+    tensors = {prefix + name: _copied(tensor) for name, tensor in module.state_dict().items()}
+    for name, parameter in module.named_parameters():
+        mean = momentum.get(parameter)
+        tensors[MOMENTUM_PREFIX + prefix + name] = (
+            torch.zeros(parameter.shape) if mean is None else _copied(mean)
+        )
     return tensors
-
-
-def cut_branch(branch: Classifier) -> ShardTensors:
-    """A branch's shard: a copy of its tensors."""
-    return {name: _copied(tensor) for name, tensor in branch.state_dict().items()}
 
 
 def restore_stem(spec: RunSpec, tensors: Mapping[str, Tensor]) -> Stem:
@@ -90,7 +120,9 @@ def encode_shard(tensors: Mapping[str, Tensor]) -> bytes:
                 f"training diverged: {name} holds values that are not finite",
                 "start a run with a lower learning rate",
             )
-        parts.append(tensor.numpy().tobytes())
+        # NumPy has no bf16: its bytes are those of integers as wide.
+        raw = tensor.view(torch.int16) if tensor.dtype == torch.bfloat16 else tensor
+        parts.append(raw.numpy().tobytes())
     return b"".join(parts)
 
 
@@ -123,7 +155,7 @@ class _Layout:
 
     def __init__(self, tensors: Mapping[str, Tensor]) -> None:
         self.shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-        self.dtypes = {name: _wire_dtype(tensor) for name, tensor in tensors.items()}
+        self.dtypes = {name: _wire_dtype(name, tensor) for name, tensor in tensors.items()}
         # Widest first, so that every tensor is aligned to its own width.
         self.names = sorted(tensors, key=lambda name: (-self.dtypes[name].itemsize, name))
         fields = {}
@@ -142,7 +174,9 @@ class _Layout:
         self.total_bytes = len(self.header) + offset
 
 
-def _wire_dtype(tensor: Tensor) -> torch.dtype:
+def _wire_dtype(name: str, tensor: Tensor) -> torch.dtype:
+    if name.startswith(MOMENTUM_PREFIX):
+        return torch.bfloat16
     if not tensor.dtype.is_floating_point:
         return torch.int64
     return torch.float16 if tensor.ndim >= 2 else torch.float32

@@ -21,8 +21,17 @@ from torch.nn import functional
 
 from . import cost
 from .lease import Batches, Lease, OnStep, autocast_for
+from .models.build import AUX_PREFIX, STEM_PREFIX
 from .run import STEM, RunSpec, ShardId
-from .shards import ShardTensors, cut_branch, cut_stem, restore_aux_head, restore_branch, restore_stem
+from .shards import (
+    ShardTensors,
+    cut_branch,
+    cut_stem,
+    restore_aux_head,
+    restore_branch,
+    restore_momentum,
+    restore_stem,
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,7 +88,14 @@ def train_stem(
         RunError: training diverged.
     """
     stem, aux_head = restore_stem(spec, tensors), restore_aux_head(spec, tensors)
-    lease = Lease(spec, {STEM: nn.Sequential(stem, aux_head)}, {STEM: start_progress}, samples, device)
+    lease = Lease(
+        spec,
+        {STEM: nn.Sequential(stem, aux_head)},
+        {STEM: start_progress},
+        samples,
+        device,
+        momentum=restore_momentum(tensors, {STEM_PREFIX: stem, AUX_PREFIX: aux_head}),
+    )
 
     def losses(images: Tensor, labels: Tensor) -> list[Tensor]:
         return [functional.cross_entropy(aux_head(stem(images)).float(), labels)]
@@ -87,7 +103,7 @@ def train_stem(
     started = clock()
     done = lease.run(batches, losses, on_step, autocast_for(device, spec))
     return LeaseResult(
-        tensors={STEM: cut_stem(stem, aux_head)},
+        tensors={STEM: cut_stem(stem, aux_head, lease.momentum)},
         losses=lease.tail_losses(),
         samples=done,
         macs=lease.trained * cost.training_macs(spec, (STEM,)),
@@ -124,7 +140,12 @@ def train_branches(
         shard: restore_branch(spec, spec.task(shard), tensors) for shard, tensors in branch_tensors.items()
     }
     objectives = {shard: BranchObjective(spec, shard, branches, device) for shard in branches}
-    lease = Lease(spec, branches, start_progress, samples, device, batch_offered)
+    momentum = {
+        parameter: mean
+        for shard, branch in branches.items()
+        for parameter, mean in restore_momentum(branch_tensors[shard], {"": branch}).items()
+    }
+    lease = Lease(spec, branches, start_progress, samples, device, batch_offered, momentum)
 
     def losses(images: Tensor, labels: Tensor) -> list[Tensor]:
         with torch.no_grad():
@@ -134,7 +155,7 @@ def train_branches(
     started = clock()
     done = lease.run(batches, losses, on_step, autocast_for(device, spec))
     return LeaseResult(
-        tensors={shard: cut_branch(branch) for shard, branch in branches.items()},
+        tensors={shard: cut_branch(branch, lease.momentum) for shard, branch in branches.items()},
         losses=lease.tail_losses(),
         samples=done,
         macs=lease.trained * cost.training_macs(spec, branches),

@@ -25,6 +25,9 @@ Module = TypeVar("Module", bound=nn.Module)
 #: Prefixes in the stem's shard: the stem proper, and its auxiliary head, which is never assembled.
 STEM_PREFIX: Final = "stem."
 AUX_PREFIX: Final = "aux."
+#: Prefix of the optimiser's momentum in every shard: it travels with what it belongs to, and is never
+#: assembled.
+MOMENTUM_PREFIX: Final = "momentum."
 
 _DENSE: Final = "dense"
 _RANDOM_BITS: Final = 24
@@ -78,9 +81,14 @@ def blank_dense(spec: RunSpec) -> Classifier:
 def blank_shard(spec: RunSpec, shard: ShardId) -> dict[str, Tensor]:
     """Names, shapes and dtypes of a shard's tensors, without memory for their values."""
     if shard != STEM:
-        return dict(blank_branch(spec, spec.task(shard)).state_dict())
-    tensors = {STEM_PREFIX + name: tensor for name, tensor in blank_stem(spec).state_dict().items()}
-    tensors.update({AUX_PREFIX + name: tensor for name, tensor in blank_aux_head(spec).state_dict().items()})
+        return _blank("", blank_branch(spec, spec.task(shard)))
+    return {**_blank(STEM_PREFIX, blank_stem(spec)), **_blank(AUX_PREFIX, blank_aux_head(spec))}
+
+
+def _blank(prefix: str, module: nn.Module) -> dict[str, Tensor]:
+    tensors = {prefix + name: tensor for name, tensor in module.state_dict().items()}
+    for name, parameter in module.named_parameters():
+        tensors[MOMENTUM_PREFIX + prefix + name] = parameter.detach()
     return tensors
 
 
@@ -90,9 +98,10 @@ def initial_shard(spec: RunSpec, shard: ShardId) -> dict[str, Tensor]:
 
 
 def filled(module: Module, tensors: Mapping[str, Tensor]) -> Module:
-    """A blank module with a copy of these values, on the CPU, in training mode."""
+    """A blank module with a copy of these values, on the CPU, in training mode. Momentum is left out."""
     module.to_empty(device="cpu")
-    module.load_state_dict(tensors, strict=True)
+    values = {name: tensor for name, tensor in tensors.items() if not name.startswith(MOMENTUM_PREFIX)}
+    module.load_state_dict(values, strict=True)
     return module
 
 
@@ -101,12 +110,18 @@ def with_prefix(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]
     return {name[len(prefix) :]: tensor for name, tensor in tensors.items() if name.startswith(prefix)}
 
 
+def _is_momentum(key: str) -> bool:
+    return key.rpartition("/")[2].startswith(MOMENTUM_PREFIX)
+
+
 def _initial(spec: RunSpec, owner: str, blank: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: _initial_tensor(f"{spec.seed}/{owner}/{name}", tensor) for name, tensor in blank.items()}
 
 
 def _initial_tensor(key: str, blank: Tensor) -> Tensor:
     """Weights: uniform, with the variance of He et al. 2015; batch-norm scale and variance 1; the rest 0."""
+    if _is_momentum(key):
+        return torch.zeros(blank.shape)
     if blank.ndim >= 2:
         fan_in = math.prod(blank.shape[1:])
         return _uniform(key, blank.shape, math.sqrt(6 / fan_in))

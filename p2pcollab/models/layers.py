@@ -11,14 +11,19 @@ from .stages import ConvPlan, Plan
 
 
 class ConvStage(nn.Module):
-    """3x3 convolution, batch normalisation, ReLU, and a 2x2 max-pool where planned: [B, F, H, W] -> same."""
+    """Convolution, batch normalisation, ReLU, and a 2x2 max-pool where planned: [B, F, H, W] -> same."""
 
     def __init__(self, plan: ConvPlan, *, copies: int = 1, shared_input: bool = True) -> None:
         """With `copies` > 1 so many such stages beside each other, on one shared input or each on its own."""
         super().__init__()
         groups = 1 if shared_input else copies
         self.conv = nn.Conv2d(
-            plan.inputs * groups, plan.outputs * copies, 3, padding=1, bias=False, groups=groups
+            plan.inputs * groups,
+            plan.outputs * copies,
+            plan.kernel,
+            padding=plan.kernel // 2,
+            bias=False,
+            groups=groups,
         )
         self.norm = nn.BatchNorm2d(plan.outputs * copies)
         self.pool = nn.MaxPool2d(2) if plan.pool else nn.Identity()

@@ -31,6 +31,12 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--data-root", type=Path, help="where torchvision's sets are kept")
     parser.add_argument("--model", default="alexnet", help="network family")
     parser.add_argument("--devices", type=int, help="default: one for each task, and one")
+    parser.add_argument(
+        "--partition",
+        choices=("iid", "shared"),
+        default="iid",
+        help="each device has its own equal part of the data, or everybody all of them",
+    )
     parser.add_argument("--epochs", type=float, default=12.0)
     parser.add_argument("--limit", type=int, help="training images, the classes in proportion; default: all")
     parser.add_argument("--seeds", default="0,1,2", help="separated by commas")
@@ -64,7 +70,7 @@ def main() -> int:
     probe = Configuration(
         dataset=options.dataset, source=source, root=options.data_root, model=options.model,
         name=options.name, epochs=options.epochs, limit=options.limit, devices=options.devices or 0,
-        groups=options.groups, settings=settings,
+        partition=options.partition, groups=options.groups, settings=settings,
     )  # fmt: skip
     devices = options.devices or len(probe.spec(0).tasks) + 1
     configuration = replace(probe, devices=devices)
@@ -90,6 +96,7 @@ def main() -> int:
                 progress.update(task, completed=1.0)
                 columns.setdefault(column, []).append(json.loads(path.read_text()))
     row = report.row(options.dataset, options.model, options.name, options.epochs, columns)
+    row["partition"] = options.partition
     print(report.line(row))
     if options.json:
         _put(options.json, row)

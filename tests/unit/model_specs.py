@@ -29,9 +29,9 @@ def model_spec(
     tasks: Sequence[Sequence[int]] = ((0,), (1,), (2,), (3,)),
     seed: int = 0,
     schedule: Schedule | None = None,
-    **divided: float,
+    **divided: float | None,
 ) -> RunSpec:
-    """A run of any family; `divided` overrides the family's `stem_stages`, `stem_width`, `branch_width`."""
+    """A run of any family; `divided` overrides fields of the family's `ModelSpec`."""
     classes = max(max(task) for task in tasks) + 1
     return RunSpec(
         name="test",

@@ -77,3 +77,11 @@ def test_what_only_runs_forward_counts_once_and_what_trains_three_times() -> Non
     assert cost.training_macs(spec, [STEM]) == 3 * (stem + aux)
     assert cost.training_macs(spec, [ShardId("t0"), ShardId("t1")]) == stem + 6 * branch
     assert cost.evaluation_macs(spec, [STEM, ShardId("t0")]) == stem + aux + branch
+
+
+def test_a_squeeze_makes_a_narrow_branch_on_a_wide_stem_cheaper() -> None:
+    def branch(**divided: float | None) -> int:
+        spec = model_spec("alexnet", channels=3, height=32, width=32, tasks=TEN_TASKS, **divided)
+        return cost.macs_branch(spec, ShardId("t0"))
+
+    assert branch(branch_squeeze=0.25) < 0.6 * branch(branch_squeeze=None)

@@ -16,6 +16,7 @@ from safetensors.torch import load as safetensors_load
 from p2pcollab import limits
 from p2pcollab.errors import PeerError, RunError
 from p2pcollab.models import FAMILIES, blank_shard, initial_shard
+from p2pcollab.models.build import AUX_PREFIX, MOMENTUM_PREFIX, STEM_PREFIX
 from p2pcollab.run import STEM, RunSpec, ShardId
 from p2pcollab.shards import (
     ShardTensors,
@@ -25,6 +26,7 @@ from p2pcollab.shards import (
     encode_shard,
     restore_aux_head,
     restore_branch,
+    restore_momentum,
     restore_stem,
     shard_bytes,
 )
@@ -63,16 +65,28 @@ def _specs(draw: st.DrawFn) -> RunSpec:
         stem_stages=draw(st.integers(1, 3)),
         stem_width=draw(st.sampled_from([0.1, 0.5])),
         branch_width=draw(st.sampled_from([0.05, 0.25])),
+        branch_squeeze=draw(st.sampled_from([None, 0.25])),
     )
 
 
 @settings(max_examples=25, deadline=None)
 @given(spec=_specs(), seed=st.integers(0, 1000))
 def test_cutting_and_restoring_is_exact(spec: RunSpec, seed: int) -> None:
-    stem = _random_shard(spec, STEM, seed)
-    assert _equal(cut_stem(restore_stem(spec, stem), restore_aux_head(spec, stem)), stem)
-    branch = _random_shard(spec, T0, seed)
-    assert _equal(cut_branch(restore_branch(spec, spec.task(T0), branch)), branch)
+    shard = _random_shard(spec, STEM, seed)
+    stem, aux_head = restore_stem(spec, shard), restore_aux_head(spec, shard)
+    momentum = restore_momentum(shard, {STEM_PREFIX: stem, AUX_PREFIX: aux_head})
+    assert _equal(cut_stem(stem, aux_head, momentum), shard)
+    shard = _random_shard(spec, T0, seed)
+    branch = restore_branch(spec, spec.task(T0), shard)
+    assert _equal(cut_branch(branch, restore_momentum(shard, {"": branch})), shard)
+
+
+def test_without_momentum_a_shard_brings_none() -> None:
+    spec = model_spec()
+    branch = restore_branch(spec, spec.task(T0), initial_shard(spec, T0))
+    cut = cut_branch(branch)
+    assert cut.keys() == initial_shard(spec, T0).keys()
+    assert not any(mean.any() for mean in restore_momentum(cut, {"": branch}).values())
 
 
 @settings(max_examples=25, deadline=None)
@@ -85,6 +99,8 @@ def test_decoding_restores_what_was_encoded(spec: RunSpec, seed: int, shard: Sha
     assert encode_shard(decoded) == data
     for name, tensor in tensors.items():
         expected = tensor.half().float() if tensor.ndim >= 2 else tensor
+        if name.startswith(MOMENTUM_PREFIX):
+            expected = tensor.bfloat16().float()
         assert torch.equal(decoded[name], expected), name
 
 

@@ -14,6 +14,7 @@ from model_specs import examples, model_spec
 from p2pcollab import cost, lease, training
 from p2pcollab.errors import RunError
 from p2pcollab.models import GlobalModel, initial_shard
+from p2pcollab.models.build import MOMENTUM_PREFIX
 from p2pcollab.optimiser import learning_rate
 from p2pcollab.run import STEM, RunSpec, Schedule, ShardId
 from p2pcollab.shards import ShardTensors, restore_branch, restore_stem
@@ -282,3 +283,63 @@ def test_thinned_batches_count_for_what_was_offered_and_cost_what_was_trained() 
     )
     assert result.samples == 160
     assert result.macs == 80 * cost.training_macs(spec, (T0,))
+
+
+def _without_momentum(tensors: ShardTensors) -> ShardTensors:
+    return {
+        name: torch.zeros_like(tensor) if name.startswith(MOMENTUM_PREFIX) else tensor
+        for name, tensor in tensors.items()
+    }
+
+
+def _distance(left: ShardTensors, right: ShardTensors) -> float:
+    names = [name for name in left if name.endswith("weight") and not name.startswith(MOMENTUM_PREFIX)]
+    return math.sqrt(sum(float((left[name] - right[name]).square().sum()) for name in names))
+
+
+def test_momentum_goes_on_in_the_next_lease() -> None:
+    """Several short leases end nearer to one long lease with the momentum than without."""
+    spec = model_spec()
+    batches = list(examples(spec, batches=40))
+
+    def leases(size: int, *, momentum: bool) -> ShardTensors:
+        state = initial_shard(spec, T0)
+        for start in range(0, len(batches), size):
+            if not momentum:
+                state = _without_momentum(state)
+            state = train_branches(
+                spec,
+                initial_shard(spec, STEM),
+                {T0: state},
+                batches[start : start + size],
+                start_progress={T0: start / 100},
+                samples=size * 16,
+            ).tensors[T0]
+        return state
+
+    whole = leases(40, momentum=True)
+    with_it, without = (_distance(leases(5, momentum=momentum), whole) for momentum in (True, False))
+    assert with_it < 0.7 * without
+
+
+@pytest.mark.parametrize("scale", [1e3, -1e3])
+def test_hostile_momentum_moves_a_lease_no_further_than_gradients_do(scale: float) -> None:
+    spec = model_spec()
+
+    def moved(momentum: float) -> float:
+        start = initial_shard(spec, T0)
+        for name, tensor in start.items():
+            if name.startswith(MOMENTUM_PREFIX):
+                tensor.fill_(momentum)
+        made = train_branches(
+            spec,
+            initial_shard(spec, STEM),
+            {T0: start},
+            examples(spec, batches=20),
+            start_progress={T0: 0.2},
+            samples=320,
+        ).tensors[T0]
+        return _distance(made, start)
+
+    # A brought mean as long as a gradient is worth ten more steps like the first, at most.
+    assert moved(scale) < 3 * moved(0.0)

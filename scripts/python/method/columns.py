@@ -84,8 +84,9 @@ def _central(
 def _assembled(
     configuration: Configuration, spec: RunSpec, seed: int, threads: int, on_progress: OnProgress
 ) -> dict[str, Any]:
+    shared = configuration.partition == "shared"
     devices = [
-        RehearsedDevice(speed=1e10, share=Share(index + 1, configuration.devices))
+        RehearsedDevice(speed=1e10, share=None if shared else Share(index + 1, configuration.devices))
         for index in range(configuration.devices)
     ]
     rehearsed = Rehearsal(

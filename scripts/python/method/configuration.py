@@ -7,7 +7,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from p2pcollab.data import inspect
 from p2pcollab.grouping import parse_groups
@@ -29,6 +29,8 @@ class Configuration:
     epochs: float
     limit: int | None
     devices: int
+    #: `iid`: each device has its own equal part of the data; `shared`: everybody has all of them.
+    partition: Literal["iid", "shared"]
     #: File with the tasks' classes, one task a line.
     groups: Path | None
     #: Fields of the run spec's model, schedule or tasks that differ from the defaults.
@@ -70,14 +72,14 @@ class Configuration:
         spec = self.spec(seed).model_dump(mode="json")
         spec.pop("name")
         if column == "A":
-            for field in ("stem_stages", "stem_width", "branch_width"):
+            for field in ("stem_stages", "stem_width", "branch_width", "branch_squeeze"):
                 spec["model"].pop(field)
             for field in ("lease_samples", "stem_seal_fraction", "negatives"):
                 spec["schedule"].pop(field)
             spec.pop("tasks")
         described: dict[str, Any] = {"spec": spec, "source": self.source, "limit": self.limit}
         if column == "D":
-            described |= {"devices": self.devices}
+            described |= {"devices": self.devices, "partition": self.partition}
         digest = hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()
         return f"{self.dataset}-{self.model}-{column}-{seed}-{digest[:12]}"
 
