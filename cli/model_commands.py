@@ -128,11 +128,11 @@ def _harvest(
 
 def _describe(data: bytes, missing: Sequence[str], coverage: float) -> dict[str, Any]:
     """What the file says of itself, for people and scripts. Its header is JSON: no need for torch."""
-    from ..run import RunSpec, ShardId
+    from ..run import PROTOCOLS_READ, RunSpec, ShardId
 
     length = int.from_bytes(data[:8], "little")
     metadata = json.loads(data[8 : 8 + length])["__metadata__"]
-    spec = RunSpec.decode(metadata["run_spec"].encode())
+    spec = RunSpec.decode(metadata["run_spec"].encode(), PROTOCOLS_READ)
     provenance = json.loads(metadata["provenance"])
     return {
         "run": spec.name,

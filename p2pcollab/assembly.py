@@ -25,7 +25,7 @@ from .ledger import Contribution, joined_seen, states_digest
 from .merging import merge
 from .models import GlobalModel, blank_shard, blank_stem, initial_shard
 from .models.build import MOMENTUM_PREFIX, STEM_PREFIX, filled, with_prefix
-from .run import STEM, RunSpec, ShardId
+from .run import PROTOCOLS_READ, STEM, RunSpec, ShardId
 from .shards import ShardTensors, restore_branch
 
 FORMAT_VERSION: Final = 1
@@ -215,7 +215,7 @@ def _parts(data: bytes) -> ModelParts:
     body = memoryview(data)[start:]
     if _content_digest(run_spec, provenance, [body]) != metadata.get("content_sha256"):
         raise PeerError("its content is not what was written")
-    spec = RunSpec.decode(run_spec.encode(errors="replace"))
+    spec = RunSpec.decode(run_spec.encode(errors="replace"), PROTOCOLS_READ)
     states: dict[ShardId, dict[str, Tensor]] = {}
     # Only of shards that the file claims to have is the network worked out, which takes a millisecond each.
     claimed = {name.partition(".")[0] for name in header}

@@ -24,7 +24,10 @@ from pydantic import (
 from . import limits
 from .errors import IncompatibleError, PeerError, UsageError
 
-PROTOCOL_VERSION: Final = 1
+#: 2: momentum travels with its shard.
+PROTOCOL_VERSION: Final = 2
+#: Versions whose run specs, and so whose models, can be read. Only a run of the newest can be taken part in.
+PROTOCOLS_READ: Final = (1, 2)
 #: Classes that a task's label names.
 _LABEL_CLASSES_MAX: Final = 5
 
@@ -183,7 +186,7 @@ class Schedule(Frozen):
 class RunSpec(Frozen):
     """One collaboration: its classes, tasks, model, input and schedule."""
 
-    protocol: Literal[1] = PROTOCOL_VERSION
+    protocol: Literal[1, 2] = PROTOCOL_VERSION
     name: Name
     classes: Annotated[tuple[Name, ...], Field(min_length=2, max_length=limits.CLASSES_MAX, fail_fast=True)]
     tasks: Annotated[tuple[TaskSpec, ...], Field(min_length=1, max_length=limits.TASKS_MAX, fail_fast=True)]
@@ -220,8 +223,11 @@ class RunSpec(Frozen):
         ).encode()
 
     @classmethod
-    def decode(cls, data: bytes) -> RunSpec:
+    def decode(cls, data: bytes, protocols: tuple[int, ...] = (PROTOCOL_VERSION,)) -> RunSpec:
         """Parse bytes from outside.
+
+        Args:
+            protocols: versions that will do.
 
         Raises:
             IncompatibleError: the spec is of another protocol version.
@@ -240,7 +246,7 @@ class RunSpec(Frozen):
         if not isinstance(fields, dict):
             raise PeerError("the run spec is not an object")
         protocol = fields.get("protocol")
-        if isinstance(protocol, int) and protocol != PROTOCOL_VERSION:
+        if isinstance(protocol, int) and protocol not in protocols:
             raise IncompatibleError(
                 f"the run uses protocol version {str(protocol)[:20]}, this program speaks {PROTOCOL_VERSION}",
                 "install the same version of p2pcollab on all devices",

@@ -187,13 +187,13 @@ def json_bombs(size: int, spec: bytes) -> list[bytes]:
         spec[:-1] + b" " * (size - len(spec)),
     ]
     for item in (b'""', b"{}", b"[]", b"1", b"1e9", b'"ab"', b'{"id":1}', b"null"):
-        bombs.append(filled(b'{"protocol":1,"x":[', item, b"]}"))
+        bombs.append(filled(b'{"protocol":2,"x":[', item, b"]}"))
         for field in (b"classes", b"tasks"):
-            bombs.append(filled(b'{"protocol":1,"' + field + b'":[', item, b"]}"))
-        bombs.append(filled(b'{"protocol":1,"tasks":[{"id":"t0","classes":[', item, b"]}]}"))
-        bombs.append(filled(b'{"protocol":1,"input":{"mean":[', item, b"]}}"))
+            bombs.append(filled(b'{"protocol":2,"' + field + b'":[', item, b"]}"))
+        bombs.append(filled(b'{"protocol":2,"tasks":[{"id":"t0","classes":[', item, b"]}]}"))
+        bombs.append(filled(b'{"protocol":2,"input":{"mean":[', item, b"]}}"))
     keys = b",".join(b'"%x":1' % number for number in range(size // 10))
-    bombs += [b'{"protocol":1,' + keys + b"}", b'{"protocol":1,"model":{' + keys + b"}}"]
+    bombs += [b'{"protocol":2,' + keys + b"}", b'{"protocol":2,"model":{' + keys + b"}}"]
     return [bomb[:size] for bomb in bombs]
 
 

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from p2pcollab import limits
 from p2pcollab.errors import IncompatibleError, PeerError, UsageError
 from p2pcollab.run import (
+    PROTOCOLS_READ,
     STEM,
     AudioSpec,
     InputSpec,
@@ -184,7 +185,14 @@ def test_a_hostile_run_spec_is_the_peers_fault(data: bytes) -> None:
 
 def test_a_run_of_another_protocol_version_is_incompatible_not_malformed() -> None:
     with pytest.raises(IncompatibleError):
-        RunSpec.decode(_altered(protocol=2, something_new=True))
+        RunSpec.decode(_altered(protocol=3, something_new=True))
+
+
+def test_runs_of_the_last_version_can_be_read_but_not_taken_part_in() -> None:
+    last = _altered(protocol=1)
+    with pytest.raises(IncompatibleError, match="speaks 2"):
+        RunSpec.decode(last)
+    assert RunSpec.decode(last, PROTOCOLS_READ).encode() == last
 
 
 @pytest.mark.parametrize(
