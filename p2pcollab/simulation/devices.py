@@ -207,7 +207,7 @@ class Device:
 
     def could_train(self) -> bool:
         """Whether something is open that this device may train, by what it knows."""
-        spec, ledger = self.simulation.scenario.spec, self.coordinator.ledger
+        spec, ledger = self.simulation.scenario.spec, self.coordinator.believed
         open_to = needs(spec, {shard: ledger.samples(shard) for shard in spec.shards})
         return not self.hung and any(
             need and (shard == STEM or self.plan.tasks is None or shard in self.plan.tasks)
@@ -229,7 +229,9 @@ class Device:
         self.receive(contributions)
         self.coordinator.finished(self.simulation.now)
         for device in self.coordinator.hints(self.simulation.now):
-            self.send(device, "push", contributions)
+            self.send(
+                device, "push", [*(entry for job in plan.shards for entry in job.parents), *contributions]
+            )
         self.publish()
         self.observe()
         self.look_for_work()
@@ -296,7 +298,7 @@ class Device:
             self.send(sender, "tensors" if content in self.held else "refusal", content)
         elif kind == "tensors":
             self.asked.pop(content, None)
-            self.held.add(content)
+            self.keep_tensors(content)
             self.look_again()
         elif kind == "refusal":
             self.coordinator.refused(content, sender, self.simulation.now)
@@ -304,6 +306,22 @@ class Device:
             self.asked[content] = (asked_at - FETCH_TIMEOUT_S, attempt)
             self.fetch()
             self.look_again()
+
+    def keep_tensors(self, digest: str) -> None:
+        """Tensors have come: keep them, unless they are refused."""
+        now = self.simulation.now
+        entries = [
+            entry
+            for entry in self.coordinator.believed.entries.values()
+            if entry.tensors_digest == digest and entry.device != self.id
+        ]
+        trials = [self.coordinator.trial(entry, self.held, now) for entry in entries]
+        reasons = [self.simulation.training.check(self, trial) for trial in trials]
+        for entry, reason in zip(entries, reasons, strict=True):
+            if reason is not None:
+                self.coordinator.refuse(entry)
+        if not any(reasons):
+            self.held.add(digest)
 
     def look_again(self) -> None:
         """The tensors that a lease waits for may be complete."""

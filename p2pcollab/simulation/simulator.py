@@ -257,7 +257,7 @@ class Simulation:
         """A lease begins."""
         outcome = self.outcome
         outcome.leases += 1
-        sealed = device.coordinator.ledger.samples(STEM) >= self._budget[STEM]
+        sealed = device.coordinator.believed.samples(STEM) >= self._budget[STEM]
         missing = {entry.tensors_digest for job in plan.shards for entry in job.parents} - device.held
         if missing or not {entry.tensors_digest for entry in plan.stem} <= device.held:
             raise self.broken(f"device {device.index} starts without tensors {missing}")
