@@ -28,15 +28,13 @@ from hivemind.utils import MSGPackSerializer, ValueWithExpiration
 from .. import limits
 from ..errors import P2PCollabError, PeerError, RunError
 from ..keys import Identity, RunKeys, device_of_peer
+from ..presence import next_beat, record_expiry
 from ..records import BOARD_DEVICES, DeviceRecord, open_record, seal_record
 from ..run import DeviceId, RunId
 from .addresses import PeerAddress
 from .calls import UnreachableError
 from .transport import Transport
 
-#: A record is valid this long by its author's clock. As much is left of RECORD_TTL_S_MAX, above and below, as
-#: two clocks may differ.
-RECORD_TTL_S: Final = limits.RECORD_TTL_S_MAX - limits.CLOCK_SKEW_S_MAX
 #: How often remembered addresses are tried: a healed partition stays split until somebody reaches across.
 KEEPALIVE_S: Final = 5.0
 _RPC_S: Final = 1.5
@@ -81,7 +79,7 @@ class RecordValidator(RecordValidatorBase):  # type: ignore[misc]  # hivemind ha
             return False
         return (
             record.key == self._key_bytes
-            and record.expiration_time == expiry(opened.beat)
+            and record.expiration_time == record_expiry(opened.beat)
             and record.expiration_time <= self._clock() + limits.RECORD_TTL_S_MAX
             and self._has_room(device)
         )
@@ -101,11 +99,6 @@ class RecordValidator(RecordValidatorBase):  # type: ignore[misc]  # hivemind ha
         if len(self._opened) > 2 * limits.DEVICES_MAX:
             self._opened.popitem(last=False)
         return record
-
-
-def expiry(beat: int) -> float:
-    """When a record expires, unix seconds. `beat`: unix milliseconds."""
-    return beat / 1000 + RECORD_TTL_S
 
 
 class Board:
@@ -252,16 +245,9 @@ class Board:
     # Records
 
     def next_beat(self) -> int:
-        """The beat of this device's next record: unix milliseconds, greater than that of every earlier one.
-
-        Only a clock that was set back by more than others tolerate starts anew: what was published then was
-        refused.
-        """
-        now_ms = round(self._clock() * 1000)
+        """The beat of this device's next record; see `presence.next_beat`."""
         own = self._newest.get(self._identity.device)
-        last = max(self._beat, own.beat if own else 0)
-        ahead = last - now_ms
-        self._beat = last + 1 if 0 <= ahead <= limits.CLOCK_SKEW_S_MAX * 1000 else now_ms
+        self._beat = next_beat(max(self._beat, own.beat if own else 0), self._clock())
         return self._beat
 
     async def publish(self, record: DeviceRecord) -> int:
@@ -277,7 +263,9 @@ class Board:
             return 0
         try:
             stored = await asyncio.wait_for(
-                self._node.store(self._validator.name, sealed, expiry(record.beat), subkey=record.device),
+                self._node.store(
+                    self._validator.name, sealed, record_expiry(record.beat), subkey=record.device
+                ),
                 _OPERATION_S,
             )
         except (asyncio.TimeoutError, P2PCollabError):
@@ -303,7 +291,7 @@ class Board:
                     self._take(self._validator.open(item.value, device))
         now = self._clock()
         self._newest = {
-            device: record for device, record in self._newest.items() if expiry(record.beat) >= now
+            device: record for device, record in self._newest.items() if record_expiry(record.beat) >= now
         }
         return self.newest()
 
@@ -328,7 +316,7 @@ class Board:
             PeerError: it is not that device's record, or there are too many devices.
         """
         record = self._validator.open(sealed, device)
-        if expiry(record.beat) > self._clock() + limits.RECORD_TTL_S_MAX:
+        if record_expiry(record.beat) > self._clock() + limits.RECORD_TTL_S_MAX:
             raise PeerError("a record expires too late")
         if device not in self._newest and len(self._newest) >= limits.DEVICES_MAX:
             raise PeerError(f"there are {limits.DEVICES_MAX} devices already")

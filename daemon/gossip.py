@@ -122,11 +122,16 @@ class Gossip:
     async def observe(self, *, fresh: bool = True) -> None:
         """Let the coordinator see the board; `fresh`: read it anew first."""
         session = self._session
+        # A reading takes as long as the slowest node that is asked: what it shows is as old as its beginning.
+        began = session.clock()
         records = await self._board.read() if fresh else self._board.newest()
         others = [record for record in records if record.device != session.device]
         for record in others:
             session.names[DeviceId(record.device)] = record.name
-        session.coordinator.observe_board(others, session.clock())
+        if fresh:
+            session.coordinator.observe_board(others, began)
+        else:
+            session.coordinator.hear(others, began)
 
     # The ledger
 

@@ -35,8 +35,6 @@ from .trainer import Budget, DataSummary, Trainer, TrainerSettings
 from .transport import Transport
 from .work import Worker
 
-#: A beat of this device's record. The lease term is four of them.
-_BEAT_S: Final = 2.0
 _DRAIN_S: Final = 12.0
 #: How long a leaving device waits for others to fetch what only it holds.
 _HANDOVER_S: Final = 6.0
@@ -129,6 +127,7 @@ class Member:
         for part in (
             self.board.maintain,
             self._beat,
+            self._watch_board,
             self.gossip.run,
             self.gossip.fetch_wanted,
             self.gossip.spread_news,
@@ -270,17 +269,25 @@ class Member:
             await self.board.publish(record)
 
     async def _beat(self) -> None:
+        """Publish in time: a device elsewhere that stands still must not make this one look dead."""
         session = self.session
-        known: set[DeviceId] = set()
         while True:
+            began = session.clock()
             try:
                 await self.publish()
-                await self.gossip.observe()
-                known = self._tell_comings_and_goings(known)
                 session.warnings.pop("board", None)
             except P2PCollabError as error:
                 session.warn("board", str(error))
-            await session.record_bell.wait(_BEAT_S * (0.9 + 0.2 * session.random.random()))
+            beat_s = session.coordinator.settings.beat_s * (0.9 + 0.2 * session.random.random())
+            await session.record_bell.wait(max(0.0, began + beat_s - session.clock()))
+
+    async def _watch_board(self) -> None:
+        session = self.session
+        known: set[DeviceId] = set()
+        while True:
+            await self.gossip.observe()
+            known = self._tell_comings_and_goings(known)
+            await anyio.sleep(session.coordinator.settings.beat_s * (0.9 + 0.2 * session.random.random()))
 
     def _tell_comings_and_goings(self, known: set[DeviceId]) -> set[DeviceId]:
         session = self.session
@@ -333,8 +340,9 @@ class Member:
         session = self.session
         while True:
             await anyio.sleep(_SAVE_S)
-            keep = session.coordinator.keep() | self.gossip.fetching.keys()
+            held = session.store.digests()
+            keep = session.coordinator.keep() | self.gossip.fetching.keys() | self.worker.storing
             try:
-                await asyncio.to_thread(session.store.collect_garbage, keep)
+                await asyncio.to_thread(session.store.collect_garbage, held - keep)
             except StorageError as error:
                 session.warn("disk", str(error))

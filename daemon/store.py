@@ -286,13 +286,16 @@ class RunStore:
         """The digests of all shards held."""
         return self._shards.digests()
 
-    def collect_garbage(self, keep: Set[str]) -> int:
-        """Remove shards that are not in `keep`, which must name those being written; the bytes freed.
+    def collect_garbage(self, garbage: Set[str]) -> int:
+        """Remove these shards, and corrupt files; the bytes freed.
+
+        What is garbage must have been decided among the shards that were held at that moment: what has been
+        written since then is not named by any contribution yet.
 
         Raises:
             StorageError: the disk refused.
         """
-        return self._shards.collect_garbage(keep)
+        return self._shards.collect_garbage(garbage)
 
     def set_meta(self, values: Mapping[str, Value], *, durable: bool = True) -> None:
         """Store key/value pairs: all or none. Values are whatever JSON can hold.

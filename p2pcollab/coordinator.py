@@ -91,7 +91,7 @@ class Coordinator:
         self._shards = spec.shards
         self._run_id = spec.run_id
         self._ledger = Ledger()
-        self._presence = Presence(device, settings.lease_term_s)
+        self._presence = Presence(device, settings.silence_s)
         self._holdings = Holdings(device, settings.replication)
         self._beat = self._sequence = first_beat
         self._phase = _Phase.IDLE
@@ -111,13 +111,17 @@ class Coordinator:
     # --- the board ---
 
     def observe_board(self, records: Sequence[BoardRecord], now: float) -> None:
-        """Take in one reading of the board."""
+        """Take in one reading of the board, which began at `now`."""
         for record in records:
             if record.device == self.device and record.beat > self._beat:
                 self.foreign_beats += 1
                 self._beat = record.beat
                 self._sequence = max(self._sequence, record.lease_sequence)
         self._presence.observe(records[: limits.DEVICES_MAX], now)
+
+    def hear(self, records: Sequence[BoardRecord], now: float) -> None:
+        """Take in records of other devices that came by another way than a reading of the board."""
+        self._presence.hear(records[: limits.DEVICES_MAX], now)
 
     def live(self, now: float) -> tuple[DeviceId, ...]:
         """The devices that are alive, this one included, sorted."""
@@ -217,14 +221,14 @@ class Coordinator:
             return None
         if self._idle_since is None:
             self._idle_since = now
-            self._patience_s = self.settings.lease_term_s / 2 * (1 + self._rng.random())
+            self._patience_s = self.settings.silence_s / 2 * (1 + self._rng.random())
         views = self._views(now)
         waited_s = now - self._idle_since
         if waited_s > HOPELESS * self._patience_s:
             views = [view for view in views if view.leases or view.device == self.device]
         alone = self.device if waited_s > self._patience_s else None
         shards = allotment.allot(self.spec, views, self._shard_views(), only=alone).get(self.device, ())
-        if now - observing_since < self.settings.lease_term_s / 2:
+        if now - observing_since < self.settings.silence_s / 2:
             # Devices with better data may be there already, and not be seen yet.
             shards = tuple(shard for shard in shards if allotment.suited(self.spec, shard, views[0]))
         if not shards:
@@ -457,6 +461,16 @@ class Coordinator:
     def refused(self, digest: str, device: DeviceId, now: float) -> None:
         """A device answered that it does not hold a digest. When all have, a lease goes on without it."""
         self._holdings.refuse(digest, device, now)
+
+    def remembered(self) -> Mapping[str, int]:
+        """How much of each kind is kept in memory: all of it is bounded by devices times shards."""
+        replaced, digests = self._holdings.remembered()
+        return {
+            "entries": len(self._ledger),
+            "replaced": replaced,
+            "digests": digests,
+            "devices": len(self._presence),
+        }
 
     def keep(self) -> frozenset[str]:
         """Digests that must not be thrown away: frontiers, what came before them, and the lease's parents."""

@@ -21,12 +21,12 @@ from p2pcollab.coordinator import (
 )
 from p2pcollab.holdings import ReplicationSettings
 from p2pcollab.ledger import Contribution, states_digest
-from p2pcollab.presence import FORGET_TERMS, OVERDUE_FACTOR
+from p2pcollab.presence import FORGET_SILENCES, OVERDUE_FACTOR
 from p2pcollab.run import STEM, RunSpec, ShardId
 
 SPEC = small_spec(4)
 SETTINGS = CoordinatorSettings()
-TERM = SETTINGS.lease_term_s
+SILENCE = SETTINGS.silence_s
 T1 = ShardId("t1")
 
 
@@ -105,15 +105,32 @@ def start(one: Coordinator, held: set[str], now: float) -> JobPlan:
 # --- liveness ---
 
 
-def test_device_is_alive_for_a_lease_term_after_its_beat_rose() -> None:
+def test_device_is_alive_until_its_beat_has_not_been_seen_to_rise_for_so_long() -> None:
     one = coordinator()
-    one.observe_board([Record(device=device(1), beat=5)], 0.0)
-    for now in (3.0, 6.0, 9.0):
+    for now in (0.0, 3.0, 6.0, SILENCE):
         one.observe_board([Record(device=device(1), beat=5)], now)
-    assert one.live(TERM) == (device(0), device(1))
-    assert one.live(TERM + 0.1) == (device(0),)
+    assert one.live(SILENCE) == (device(0), device(1))
+    one.observe_board([Record(device=device(1), beat=5)], SILENCE + 0.1)
+    assert one.live(SILENCE + 0.1) == (device(0),)
     one.observe_board([Record(device=device(1), beat=6)], 12.0)
     assert one.live(12.0) == (device(0), device(1))
+
+
+def test_silence_that_nobody_has_listened_to_is_no_death() -> None:
+    one = coordinator()
+    one.observe_board([Record(device=device(1), beat=5)], 0.0)
+    one.observe_board([Record(device=device(1), beat=5)], SILENCE - 1)
+    one.hear([Record(device=device(2), beat=1)], SILENCE + 1)
+    assert set(one.live(SILENCE + 1)) == {device(0), device(1), device(2)}
+
+
+def test_record_that_came_with_a_push_keeps_its_device_alive() -> None:
+    one = coordinator()
+    one.observe_board([Record(device=device(1), beat=5)], 0.0)
+    one.hear([Record(device=device(1), beat=6)], 4.0)
+    for now in (3.0, 6.0, SILENCE + 3.9):
+        one.observe_board([Record(device=device(1), beat=5)], now)
+    assert one.live(SILENCE + 3.9) == (device(0), device(1))
 
 
 def test_stale_echo_of_a_record_does_not_revive_its_device() -> None:
@@ -126,7 +143,7 @@ def test_stale_echo_of_a_record_does_not_revive_its_device() -> None:
 def test_device_that_is_no_longer_shown_is_forgotten_and_may_start_at_any_beat() -> None:
     one = coordinator()
     one.observe_board([Record(device=device(1), beat=500)], 0.0)
-    later = FORGET_TERMS * TERM + 1
+    later = FORGET_SILENCES * SILENCE + 1
     for step in range(1, int(later)):
         one.observe_board([], float(step))
     one.observe_board([Record(device=device(1), beat=1)], later)
@@ -237,12 +254,12 @@ def test_device_does_not_wait_for_ever_for_an_idle_one_that_takes_nothing() -> N
     )
     idle = Record(device=device(1), prefer=("t0",))
     now = 0.0
-    while now < TERM:
+    while now < SILENCE:
         one.observe_board([replace(idle, beat=int(now * 10) + 1)], now)
         if one.decide(now) is not None:
             break
         now += 1.0
-    assert TERM / 2 <= now <= TERM
+    assert SILENCE / 2 <= now <= SILENCE
 
 
 def test_device_with_unfit_data_takes_a_task_only_when_all_hope_is_gone() -> None:
@@ -250,12 +267,12 @@ def test_device_with_unfit_data_takes_a_task_only_when_all_hope_is_gone() -> Non
     one = coordinator(advert=Advert(speed=1.0, class_counts=(0, 10, 10, 10), tasks=tasks))
     one.receive([mine(contribution(9, {9: SPEC.budget(STEM)}, shard=STEM))], 0.0)
     now = 0.0
-    while now < 10 * TERM:
+    while now < 10 * SILENCE:
         one.observe_board([Record(device=device(1), beat=int(now * 10) + 1)], now)
         if one.decide(now) is not None:
             break
         now += 1.0
-    assert HOPELESS * TERM / 2 <= now <= HOPELESS * TERM + 1
+    assert HOPELESS * SILENCE / 2 <= now <= HOPELESS * SILENCE + 1
 
 
 def test_unfit_device_first_looks_who_else_is_there() -> None:
@@ -263,8 +280,8 @@ def test_unfit_device_first_looks_who_else_is_there() -> None:
     one.receive([mine(contribution(9, {9: SPEC.budget(STEM)}, shard=STEM))], 0.0)
     one.observe_board([], 0.0)
     assert one.decide(0.0) is None
-    one.observe_board([], TERM / 2)
-    assert one.decide(TERM / 2) is not None
+    one.observe_board([], SILENCE / 2)
+    assert one.decide(SILENCE / 2) is not None
 
 
 def test_lease_that_takes_far_too_long_is_trained_by_others() -> None:
@@ -481,7 +498,9 @@ def test_partners_are_live_and_include_one_that_promises_news() -> None:
         assert len(set(partners)) == SETTINGS.gossip_fanout
         assert device(9) in partners
         assert device(0) not in partners
-    assert one.partners(TERM + 1) == ()
+    for now in (3.0, 6.0, SILENCE + 1):
+        one.observe_board(records, now)
+    assert one.partners(SILENCE + 1) == ()
 
 
 def test_lone_device_has_no_partners() -> None:
