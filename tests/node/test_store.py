@@ -303,10 +303,12 @@ def test_shard_on_a_bad_sector_is_told_and_missing(run: RunStore, monkeypatch: p
     assert run.get_shard(digest) == b"good bytes"
 
 
-def test_garbage_collection_keeps_what_it_is_told_to(run: RunStore) -> None:
+def test_garbage_collection_removes_what_it_is_told_to(run: RunStore) -> None:
     keep, drop = run.put_shard(b"keep"), run.put_shard(b"drop it")
-    assert run.collect_garbage({keep}) == len(b"drop it")
-    assert run.digests() == {keep}
+    garbage = run.digests() - {keep}
+    written_since = run.put_shard(b"what a contribution is about to name")
+    assert run.collect_garbage(garbage) == len(b"drop it")
+    assert run.digests() == {keep, written_since}
     assert run.get_shard(keep) == b"keep"
     assert run.get_shard(drop) is None
 

@@ -21,7 +21,7 @@ from p2pcollab.coordinator import (
 )
 from p2pcollab.holdings import ReplicationSettings
 from p2pcollab.ledger import Contribution, states_digest
-from p2pcollab.presence import FORGET_SILENCES, OVERDUE_FACTOR
+from p2pcollab.presence import FORGET_SILENCES, OVERDUE_FACTOR, OVERDUE_UNKNOWN_S
 from p2pcollab.run import STEM, RunSpec, ShardId
 
 SPEC = small_spec(4)
@@ -168,6 +168,14 @@ def test_own_suspension_is_no_evidence_of_the_death_of_others() -> None:
     assert device(1) not in one.live(109.0)
 
 
+def test_dead_device_dies_on_a_board_that_is_always_slow_too() -> None:
+    one = coordinator()
+    gap = 0.7 * SILENCE
+    for reading in range(6):
+        one.observe_board([Record(device=device(1), beat=1)], reading * gap)
+    assert one.live(5 * gap) == (device(0),)
+
+
 def test_restarted_device_goes_on_above_its_own_record_on_the_board() -> None:
     one = coordinator()
     one.observe_board([Record(device=device(0), beat=41, lease_sequence=7, leases=("t0",))], 0.0)
@@ -300,6 +308,17 @@ def test_lease_that_takes_far_too_long_is_trained_by_others() -> None:
             break
     assert claimed_at is not None
     assert OVERDUE_FACTOR * 10.0 <= claimed_at - 11 <= OVERDUE_FACTOR * 10.0 + 2
+
+
+def test_device_that_has_had_no_lease_does_not_wait_for_ever_for_one_that_is_stuck() -> None:
+    one = coordinator(advert=Advert(speed=1.0, class_counts=(10, 10, 10, 10), tasks=frozenset()))
+    one.receive([mine(successor((), 2, SPEC.budget(STEM) - 50, shard=STEM))], 0.0)
+    stuck = Record(device=device(1), state="training", leases=("stem",), lease_sequence=1)
+    for now in range(int(OVERDUE_UNKNOWN_S) + 1):
+        one.observe_board([replace(stuck, beat=now + 1)], float(now))
+        assert one.decide(float(now)) is None
+    one.observe_board([replace(stuck, beat=9999)], OVERDUE_UNKNOWN_S + 1)
+    assert one.decide(OVERDUE_UNKNOWN_S + 1) is not None
 
 
 def test_claim_names_the_devices_that_promise_newer_contributions() -> None:
