@@ -342,6 +342,8 @@ class Member:
             await anyio.sleep(_SAVE_S)
             held = session.store.digests()
             keep = session.coordinator.keep() | self.gossip.fetching.keys() | self.worker.storing
+            for digest in self.gossip.fetched_by.keys() - keep:
+                del self.gossip.fetched_by[digest]
             try:
                 await asyncio.to_thread(session.store.collect_garbage, held - keep)
             except StorageError as error:

@@ -94,8 +94,8 @@ class Holdings:
 
     def remembered(self) -> tuple[int, int]:
         """Contributions that were replaced, and the digests about which most is known."""
-        maps = (self._noticed_at, self._missing_since, self._refused, self._ranked, self._chosen)
-        return len(self._replaced), max(map(len, maps))
+        known = max(len(self._noticed_at), len(self._missing_since), len(self._refused))
+        return len(self._replaced), max(known, len(self._ranked), len(self._chosen))
 
     def refuse(self, digest: str, device: DeviceId, now: float) -> None:
         """A device has answered that it does not hold a digest."""
