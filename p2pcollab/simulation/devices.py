@@ -203,8 +203,7 @@ class Device:
                 records.remove(record)
                 break
         self.coordinator.observe_board(records, began)
-        if simulation.dead:
-            simulation.checks.leases_expire(self)
+        simulation.observed(self)
 
     def beat(self) -> None:
         """Publish in time."""

@@ -107,11 +107,6 @@ class Links:
         """Since when the reader does not see what the author publishes; None: it does."""
         return None if self._shown[author] >> reader & 1 else self._hidden_since[author][reader]
 
-    @property
-    def parted(self) -> bool:
-        """Whether anything is cut now."""
-        return any(mask != self._everyone for mask in self._direct)
-
 
 class Board:
     """A notice board with expiry, stale readings, and parts that do not see one another."""

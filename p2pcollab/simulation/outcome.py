@@ -50,8 +50,10 @@ class Outcome:
     kills: int = 0
     stops: int = 0
     takeovers: list[Takeover] = field(default_factory=list)
-    #: Claims of a shard whose holder was alive and shown by the board, had not stood still for longer than a
-    #: lease's term, and was taken for dead.
+    #: How often a device took another one for dead that was alive and shown by the board, and did not stand
+    #: still for longer than a lease's term; only devices that stand still at all are looked for.
+    false_alarms: int = 0
+    #: Claims of a shard that such a device held.
     false_takeovers: int = 0
     healings: list[Healing] = field(default_factory=list)
     messages: Counter[str] = field(default_factory=Counter)

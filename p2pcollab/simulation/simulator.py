@@ -77,6 +77,8 @@ class Simulation:
         self.silent_until = 0.0
         self.quiet_until = 0.0
         self.orphans: dict[ShardId, _Orphan] = {}
+        self._stoppable = [device for device in self.devices if device.plan.stops]
+        self._alarms: set[tuple[int, int]] = set()
         self._trace = trace
         self._log = hashlib.sha256()
         self._queue: list[tuple[float, int, Callable[[], None]]] = []
@@ -284,17 +286,36 @@ class Simulation:
     def claimed(self, device: Device, shards: Iterable[ShardId]) -> None:
         """A device claims shards, by what it sees."""
         self.log("claim", device.index, shards)
-        live = device.coordinator.live(self.now)
-        settled_at = self.now - self.checks.expiry_s
-        if max(device.started_at, self.links_changed_at) > settled_at:
-            return  # it has not seen everybody yet
-        for other in self.live():
-            if other.id in live or self.links.hidden_since(other.index, device.index) is not None:
-                continue
-            if other.started_at > settled_at or other.stop_s > self.scenario.settings.lease_term_s:
-                continue
+        for other in self._falsely_dead(device, self.live()):
             if other.coordinator.state == "training" and not other.hung:
                 self.outcome.false_takeovers += sum(shard in other.coordinator.leases for shard in shards)
+
+    def observed(self, device: Device) -> None:
+        """A device has read the board."""
+        if self.dead:
+            self.checks.leases_expire(device)
+        alarms = {
+            (device.index, other.index)
+            for other in self._falsely_dead(device, self._stoppable)
+            if other.alive
+        }
+        self.outcome.false_alarms += len(alarms - self._alarms)
+        self._alarms = {pair for pair in self._alarms if pair[0] != device.index} | alarms
+
+    def _falsely_dead(self, device: Device, others: Iterable[Device]) -> list[Device]:
+        """Those of these devices that it takes for dead though they have not deserved it."""
+        settled_at = self.now - self.checks.expiry_s
+        if max(device.started_at, self.links_changed_at) > settled_at:
+            return []  # it has not seen everybody yet
+        live = {device.id, *device.coordinator.live(self.now)}
+        return [
+            other
+            for other in others
+            if other.id not in live
+            and other.started_at <= settled_at
+            and other.stop_s <= self.scenario.settings.lease_term_s
+            and self.links.hidden_since(other.index, device.index) is None
+        ]
 
     def leased(self, device: Device, shards: Iterable[ShardId]) -> None:
         """A device holds leases, and gets ready to train."""

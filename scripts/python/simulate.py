@@ -42,6 +42,7 @@ class Report:
     leases: int = 0
     kills: int = 0
     stops: int = 0
+    false_alarms: int = 0
     false_takeovers: int = 0
     takeovers: tuple[dict[str, Any], ...] = ()
     healings: tuple[dict[str, Any], ...] = field(default=())
@@ -68,6 +69,7 @@ def run(scenario_name: str, seed: int) -> Report:
         outcome.leases,
         outcome.kills,
         outcome.stops,
+        outcome.false_alarms,
         outcome.false_takeovers,
         tuple(asdict(takeover) for takeover in outcome.takeovers),
         tuple(asdict(healing) for healing in outcome.healings),
@@ -114,6 +116,7 @@ def summary(done: list[Report], wall_s: float) -> dict[str, Any]:
         "leases": sum(report.leases for report in good),
         "kills": sum(report.kills for report in good),
         "stops": sum(report.stops for report in good),
+        "false_alarms": sum(report.false_alarms for report in good),
         "false_takeovers": sum(report.false_takeovers for report in good),
         "kill_noticed_s": spread([one["noticed_s"] for one in killed if one["noticed_s"] is not None]),
         "kill_to_new_lease_s": spread([one["lease_s"] for one in killed]),
@@ -166,14 +169,19 @@ def sweep(options: argparse.Namespace) -> int:
     for what in ("rounds_until_all_heard", "rounds_until_digests_equal"):
         if figures[what]:
             print("{0}: median {median:.0f}, at most {max}".format(what, **figures[what]))
-    print(f"false takeovers: {figures['false_takeovers']}, of {figures['stops']} standstills")
+    print(
+        f"{figures['stops']} standstills: {figures['false_alarms']} false alarms, "
+        f"{figures['false_takeovers']} false takeovers"
+    )
     return 1 if figures["broken"] else 0
 
 
 def hunt(options: argparse.Namespace) -> int:
     """Seeds of one scenario with a bug planted, until it is found."""
     plant = PLANTS[options.plant]
-    print(f"planted: {plant.what}")
+    name = f"planted {options.plant}"
+    figures = {"planted": plant.what, "scenario": options.scenario, "first": options.first}
+    print(f"planted: {plant.what}", flush=True)
     with pytest.MonkeyPatch.context() as patch:
         plant.apply(patch)
         for seed in range(options.first, options.first + options.seeds):
@@ -181,18 +189,12 @@ def hunt(options: argparse.Namespace) -> int:
             if report.broken is not None:
                 needed = seed - options.first + 1
                 print(f"found after {needed} seeds: {report.broken}")
-                name = f"planted {options.plant}"
-                figures = {
-                    "planted": plant.what,
-                    "scenario": options.scenario,
-                    "first": options.first,
-                    "seeds_needed": needed,
-                    "found_by": report.broken,
-                    "as_expected": report.broken.startswith(f"{plant.breaks}:"),
-                }
+                expected = report.broken.startswith(f"{plant.breaks}:")
+                figures |= {"seeds_needed": needed, "found_by": report.broken, "as_expected": expected}
                 keep(options.json, name, figures)
                 return 0
     print(f"not found in {options.seeds} seeds")
+    keep(options.json, name, {**figures, "not_found_in_seeds": options.seeds})
     return 1
 
 
