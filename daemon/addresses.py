@@ -135,6 +135,11 @@ class AddressBook:
         entry = self._entries.get(peer)
         return tuple(entry.addresses) if entry else ()
 
+    def proven(self, peer: str) -> bool:
+        """Whether this device ever reached the peer at one of its addresses."""
+        entry = self._entries.get(peer)
+        return entry is not None and entry.proven
+
     def all(self) -> tuple[PeerAddress, ...]:
         """Everything known, to be stored over a restart; proven peers first."""
         entries = sorted(self._entries.values(), key=lambda entry: not entry.proven)

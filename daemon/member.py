@@ -24,6 +24,7 @@ from ..planning import tasks_of
 from ..records import DeviceRecord, DeviceState
 from ..run import DeviceId, RunSpec, ShardId
 from .board import Board
+from .death_watch import DeathWatch
 from .events import EventLog
 from .gossip import Gossip
 from .model_file import ModelFile
@@ -132,6 +133,7 @@ class Member:
             self.gossip.run,
             self.gossip.fetch_wanted,
             self.gossip.spread_news,
+            DeathWatch(self.session, self.gossip).run,
             self._save_regularly,
             self._collect_garbage,
         ):

@@ -441,6 +441,13 @@ class Transport:
         self._silent_calls[peer] = self._silent_calls.get(peer, 0) + 1
         self._linked.discard(peer)
 
+    async def refuses(self, peer: str) -> bool:
+        """Whether a peer's host is there, and says that nobody listens at any of the peer's addresses."""
+        if not self.book.proven(peer):
+            # Where this device never got in, being turned away says nothing: a firewall may refuse, too.
+            return False
+        return all(await asyncio.gather(*(_refused(address) for address in self.book.of(peer))))
+
     async def peers(self) -> tuple[str, ...]:
         """Peer ids that there is a link to, as p2pd sees it: strangers, too."""
         try:
@@ -559,6 +566,17 @@ def _answering(kind: type[Request], handler: Callable[[str, Request], Awaitable[
             return error_reply(error).encode()
 
     return answer
+
+
+async def _refused(address: PeerAddress) -> bool:
+    try:
+        _, writer = await asyncio.wait_for(asyncio.open_connection(address.host, address.port), _PROBE_S)
+    except ConnectionRefusedError:
+        return True
+    except (OSError, asyncio.TimeoutError):
+        return False
+    writer.close()
+    return False
 
 
 def _without_peer(address: PeerAddress) -> str:
