@@ -126,8 +126,8 @@ class Node:
 
     # Life
 
-    async def run(self, ready: Callable[[int], None]) -> None:
-        """Live until `leave`; `ready` is told the API's port.
+    async def run(self, ready: Callable[[int], None], leaving: Callable[[], None] = lambda: None) -> None:
+        """Live until `leave`; `ready` is told the API's port, and `leaving` that the end has begun.
 
         Raises:
             P2PCollabError: why it could not go on.
@@ -147,6 +147,7 @@ class Node:
                 tasks.start_soon(self._live, tasks)
                 await self._leaving.wait()
                 self.phase = "leaving"
+                leaving()
                 if self.member is not None and self._run_known.is_set():
                     await self.member.drain()
                 tasks.cancel_scope.cancel()

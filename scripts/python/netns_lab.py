@@ -50,7 +50,7 @@ def table(result: Result) -> Table:
             f"{row['coverage']:.0%}",
             f"{row['progress']:.1%}",
             str(row["contributions"]),
-            f"trainer {row['trainer_restarts']}, p2pd {row['p2pd_restarts']}",
+            f"{row['trainer_restarts']} + {row['p2pd_restarts']}",
             f"{row['bytes_sent'] / 1e6:.1f} MB",
             str(len(row["warnings"])),
         )
@@ -103,7 +103,8 @@ def main() -> int:
         print(f"{scenario.name}: {scenario.about}")
         result = play(scenario, say=lambda text: print(text, flush=True))
         results.append(result)
-        Console(highlight=False).print(table(result))
+        # Wide enough for every column where no terminal says how wide it is.
+        Console(highlight=False, width=None if sys.stdout.isatty() else 110).print(table(result))
         print("\n".join(verdict(result)), flush=True)
         if options.json:
             options.json.write_text(json.dumps([one.to_json() for one in results], indent=1) + "\n")

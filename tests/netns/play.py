@@ -149,6 +149,7 @@ class _Player:
         #: Hosts whose daemon is stopped, and cannot be asked.
         self._stopped: set[int] = set()
         self._everything: Seen = {}
+        self._made_at_cut: dict[tuple[int, ...], dict[int, int]] = {}
         self._started = 0.0
         self.result = Result(scenario=scenario.name, seed=scenario.seed, hosts=scenario.hosts)
 
@@ -161,6 +162,9 @@ class _Player:
             epochs=self._scenario.epochs, expected_samples=info.train_images, seed=self._scenario.seed
         )
         spec = plan_run(f"{self._scenario.name}-{secrets.token_hex(4)}", info, options)
+        if self._scenario.lease_samples is not None:
+            schedule = spec.schedule.model_copy(update={"lease_samples": self._scenario.lease_samples})
+            spec = spec.model_copy(update={"schedule": schedule})
         for number, host in enumerate(self._lab.hosts, start=1):
             self._fleet.add(
                 f"host-{number}",
@@ -187,9 +191,11 @@ class _Player:
             wait = self._started + moment.at_s - time.monotonic()
             if wait > 0:
                 time.sleep(wait)
-            self._look()
+            made = self._look()
             self._say(f"{self._now():6.1f} s  {moment.label}")
-            self.result.steps.append({"at_s": round(self._now(), 2), "do": moment.label})
+            self.result.steps.append({"at_s": round(self._now(), 2), "do": moment.label, "made": made})
+            if isinstance(moment.step, sc.Cut):
+                self._compare_sides(moment, made)
             self._perform(moment)
 
     def conclude(self) -> None:
@@ -312,11 +318,28 @@ class _Player:
 
     # Looking
 
-    def _look(self) -> None:
-        """Remember all that anybody has made. What dies with a device for good is not promised to survive."""
-        for number, status in self._statuses().items():
+    def _look(self) -> dict[int, int]:
+        """Remember all that anybody has made; contributions by host.
+
+        What dies with a device for good is not promised to survive.
+        """
+        statuses = self._statuses()
+        for number, status in statuses.items():
             if number not in self._stay_away:
                 self._everything = _joined([self._everything, _seen(status)])
+        return {
+            number: status["counters"].get("contributions", 0) for number, status in sorted(statuses.items())
+        }
+
+    def _compare_sides(self, moment: sc.Moment, made: dict[int, int]) -> None:
+        """A cut in which one side makes nothing would show nothing."""
+        if not moment.ends:
+            self._made_at_cut[moment.hosts] = made
+            return
+        before = self._made_at_cut.pop(moment.hosts, {})
+        grown = {number for number, count in made.items() if count > before.get(number, count)}
+        if not grown & set(moment.hosts) or not grown - set(moment.hosts):
+            self.result.problems.append(f"not both sides trained while hosts {moment.hosts} were cut off")
 
     def _compare(self) -> None:
         result = self.result
@@ -337,7 +360,7 @@ class _Player:
                 if own.get((shard, author), 0) < samples
             ]
             result.devices.append(_row(number, status))
-            if status["coverage"] < 1.0:
+            if self._scenario.end == "complete" and status["coverage"] < 1.0:
                 result.problems.append(f"host-{number} has a coverage of {status['coverage']:.0%}")
         if result.entries_lost:
             result.problems.append(f"{len(result.entries_lost)} entries were lost")

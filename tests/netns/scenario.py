@@ -156,6 +156,8 @@ class Scenario(_Strict):
     epochs: Annotated[float, Field(gt=0, le=100_000, strict=False)]
     #: Share of the machine that each device trains with.
     budget: Annotated[float, Field(ge=0.01, le=1, strict=False)] = 0.1
+    #: Samples of a lease, instead of what the length of the run makes them: short ones fit in a short cut.
+    lease_samples: Annotated[int, Field(ge=32, le=100_000)] | None = None
     #: `complete`: the run is complete on all hosts, and all assemble the same model; `settled`: all have
     #: stopped training, and hold the same.
     end: Literal["complete", "settled"]
