@@ -160,6 +160,11 @@ class AddressBook:
             entry.next_try = now + min(_RETRY_S_MAX, _RETRY_S * 2.0**entry.failures)
             entry.failures += 1
 
+    def retry_all(self) -> None:
+        """Make all peers due at once, however often they failed."""
+        for entry in self._entries.values():
+            entry.failures, entry.next_try = 0, 0.0
+
     def due(self, now: float) -> tuple[str, ...]:
         """Peers that may be tried now."""
         return tuple(peer for peer, entry in self._entries.items() if entry.next_try <= now)

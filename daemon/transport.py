@@ -27,7 +27,7 @@ from hivemind.utils.logging import use_hivemind_log_handler
 from hivemind.utils.multiaddr import Multiaddr
 
 from .. import limits
-from ..errors import NotAuthorisedError, P2PCollabError, PeerError, RunError
+from ..errors import NotAuthorisedError, P2PCollabError, PeerError, RunError, UsageError
 from ..files import write_atomic
 from ..keys import Identity, RunKeys
 from ..wire import (
@@ -321,6 +321,21 @@ class Transport:
         await self.stop()
         self.counters.p2pd_restarts += 1
         await self.start()
+
+    def move(self, interface: Interface, *, port: int) -> None:
+        """Be at another address from the next `restart` on.
+
+        Args:
+            port: TCP port to listen on there; 0 keeps the present one if it is free there.
+        """
+        self.interface = interface
+        if port:
+            self._port = port
+            return
+        try:
+            check_port_is_free(interface.address, self._port)
+        except UsageError:
+            self._port = 0
 
     async def stop(self) -> None:
         """End p2pd and leave nothing of it behind."""

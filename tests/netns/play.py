@@ -151,6 +151,8 @@ class _Player:
         self._everything: Seen = {}
         self._made_at_cut: dict[tuple[int, ...], dict[int, int]] = {}
         self._started = 0.0
+        #: When cables were last put back, until ledgers were equal once.
+        self._healed: float | None = None
         self.result = Result(scenario=scenario.name, seed=scenario.seed, hosts=scenario.hosts)
 
     # Life
@@ -232,6 +234,8 @@ class _Player:
         for number in moment.hosts:
             with self._problems():
                 self._harm(moment.step, number, ends=moment.ends)
+        if isinstance(moment.step, sc.Heal) or (isinstance(moment.step, sc.Cut) and moment.ends):
+            self._healed = time.monotonic()
 
     def _harm(self, step: sc.Step, number: int, *, ends: bool) -> None:
         lab, host = self._lab, self._lab.hosts[number - 1]
@@ -297,7 +301,9 @@ class _Player:
 
     def _settle(self, within_rounds: int | None) -> None:
         """Let nobody make anything new, and wait for equal ledgers."""
-        at_s, began = round(self._now(), 2), time.monotonic()
+        at_s = round(self._now(), 2)
+        # From the healing on, if that is what is waited for: looking at all devices takes a moment.
+        began, self._healed = self._healed or time.monotonic(), None
         trainers = [t for d in self._reachable().values() if (t := d.processes().get("trainer")) is not None]
         for trainer in trainers:
             trainer.suspend()
