@@ -34,7 +34,7 @@ from p2pcollab.run import STEM
 
 #: Daemon, trainer and p2pd of a device, with some room.
 _MEMORY_BYTES: Final = 1_200_000_000
-_PREPARE_S: Final = 300.0
+_PREPARE_S: Final = 900.0
 _COMPLETE_S: Final = 1800.0
 _SETTLE_S: Final = 180.0
 _BACK_S: Final = 120.0
