@@ -403,6 +403,9 @@ def _equal(fleet: Fleet) -> Callable[[], bool]:
     return equal
 
 
+ENDS = {None: "uncompared", True: "equal", False: "UNEQUAL"}
+
+
 def show(result: dict[str, Any]) -> None:
     """The figures for people."""
     print(
@@ -424,7 +427,7 @@ def show(result: dict[str, Any]) -> None:
             )
     print(
         f"never taken over: {result['shards_never_taken_over']}; at the end "
-        f"{'equal' if result['digests_equal_at_end'] else 'UNEQUAL'} ledgers, "
+        f"{ENDS[result['digests_equal_at_end']]} ledgers, "
         f"{len(result['lost_at_end'] or [])} entries missing"
     )
 
