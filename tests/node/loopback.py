@@ -109,7 +109,7 @@ async def devices(
             await device.board.start()
         if meet:
             for device in made[1:]:
-                await meet(device, made[0])
+                await introduce(device, made[0])
         yield made
     finally:
         for device in made:
@@ -117,7 +117,7 @@ async def devices(
             await device.transport.stop()
 
 
-async def meet(one: Device, other: Device, deadline_s: float = 45.0) -> None:
+async def introduce(one: Device, other: Device, deadline_s: float = 45.0) -> None:
     """Have two devices meet. A call that takes longer than its deadline, on a busy machine, is made again."""
     end = time.monotonic() + deadline_s
     while not await one.board.meet(other.transport.address):

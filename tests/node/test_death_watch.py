@@ -11,7 +11,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import psutil
-from loopback import Device, devices, fresh_keys, meet
+from loopback import Device, devices, fresh_keys, introduce
 
 from p2pcollab.coordinator import Advert, Coordinator, CoordinatorSettings
 from p2pcollab.daemon.death_watch import SILENT_S, DeathWatch
@@ -56,7 +56,7 @@ def _try(folder: Path, harm: Callable[[Device], Awaitable[None]], *, end: float,
         keys = fresh_keys()
         async with devices(folder, keys, keys, meet=False) as (own, other):
             if met:
-                await meet(own, other)
+                await introduce(own, other)
             else:
                 own.transport.book.learn(other.transport.address)
             watcher = Watcher(own, other)
