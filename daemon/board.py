@@ -229,7 +229,9 @@ class Board:
     async def maintain(self) -> None:
         """Keep the board in one piece, for ever."""
         while True:
-            await self.keep_alive()
+            if await self.keep_alive():
+                # Whoever is back is seldom back alone: a cable is in again, or a switch runs.
+                self._transport.book.retry_all()
             await asyncio.sleep(KEEPALIVE_S)
 
     async def _ping(self, peer: str) -> bool:

@@ -100,6 +100,7 @@ class Discovery:
         self._announced: AsyncServiceInfo | None = None
         self._tasks: set[asyncio.Task[None]] = set()
         self._resolving: set[str] = set()
+        self._ask_now = asyncio.Event()
         #: Since the last question.
         self._reported: set[Found] = set()
         # Bounded: what is dropped comes again with the next question.
@@ -152,6 +153,10 @@ class Discovery:
         self._announced = info
         self._spawn(_finish(sent))
 
+    def ask_again(self) -> None:
+        """Ask who is there now, instead of when it is time again."""
+        self._ask_now.set()
+
     async def stop(self) -> None:
         """Take the announcement back, so that nobody waits for us, and stop browsing."""
         if self._zeroconf is None:
@@ -188,7 +193,9 @@ class Discovery:
             for _ in range(2):
                 self._asking.sendto(_question(), _GROUP)
                 await asyncio.sleep(_ASK_TWICE_S)
-            await asyncio.sleep(BROWSE_AGAIN_S)
+            with contextlib.suppress(asyncio.TimeoutError):
+                await asyncio.wait_for(self._ask_now.wait(), BROWSE_AGAIN_S)
+            self._ask_now.clear()
             await self._browser.async_cancel()
 
     async def _open_asking(self, zeroconf: Zeroconf) -> None:

@@ -9,6 +9,7 @@ import asyncio
 import contextlib
 import random
 import time
+from collections.abc import Callable
 from dataclasses import asdict
 from typing import Final, cast
 
@@ -24,10 +25,12 @@ from ..planning import tasks_of
 from ..records import DeviceRecord, DeviceState
 from ..run import DeviceId, RunSpec, ShardId
 from .board import Board
+from .death_watch import DeathWatch
 from .events import EventLog
 from .gossip import Gossip
 from .model_file import ModelFile
 from .options import DaemonOptions
+from .rejoining import Rejoining
 from .session import Counters, Session
 from .store import RunStore
 from .timings import Timings
@@ -59,10 +62,12 @@ class Member:
         *,
         name: str,
         visitor: bool,
+        ask_again: Callable[[], None] = lambda: None,
     ) -> None:
         """
         Args:
             name: this device's, for people.
+            ask_again: asks by multicast who is there, now.
             visitor: only looks: it shows no record, and holds nothing for others.
         """
         spec = RunSpec.decode(run_store.spec)
@@ -93,6 +98,7 @@ class Member:
         )
         self.board = Board(transport, keys, identity, spec.run_id, observer=visitor)
         self.gossip = Gossip(session, self.board)
+        self.rejoining = Rejoining(session, ask_again)
         self.worker = Worker(
             session,
             self.gossip,
@@ -131,6 +137,8 @@ class Member:
             self.gossip.run,
             self.gossip.fetch_wanted,
             self.gossip.spread_news,
+            DeathWatch(self.session, self.gossip).run,
+            self.rejoining.run,
             self._save_regularly,
             self._collect_garbage,
         ):

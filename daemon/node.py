@@ -10,13 +10,14 @@ import contextlib
 import importlib
 import time
 from collections.abc import Awaitable, Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 import anyio
 import structlog
 from anyio.abc import TaskGroup
 
-from ..errors import NotAuthorisedError, P2PCollabError, PeerError, StorageError
+from ..errors import NotAuthorisedError, P2PCollabError, PeerError, RunError, StorageError
 from ..keys import Identity, RunKeys
 from ..run import PROTOCOL_VERSION, RunSpec
 from ..wire import Exchange, ExchangeReply, Fetch, Hello, HelloReply, Push, PushReply
@@ -26,8 +27,9 @@ from .addresses import AddressBook, PeerAddress
 from .calls import Handlers, RefusalError
 from .discovery import Announcement, Discovery
 from .events import Event, EventLog
-from .interfaces import choose_interface
+from .interfaces import Interface, choose_interface
 from .model_file import ModelFile
+from .network_watch import NetworkWatch
 from .options import DaemonOptions
 from .p2pd import P2PD_MARK, check_port_is_free, end_stale_p2pd
 from .store import RunStore, Store
@@ -45,6 +47,8 @@ log = structlog.get_logger()
 _NO_PEERS_AFTER_S: Final = 15.0
 #: A refusal may come from an impostor: an honest device has this long to answer.
 _REFUSED_AFTER_S: Final = 6.0
+#: How often discovery is started on a new interface, a second apart.
+_DISCOVERY_TRIES: Final = 10
 
 Result = TypeVar("Result")
 
@@ -126,8 +130,8 @@ class Node:
 
     # Life
 
-    async def run(self, ready: Callable[[int], None]) -> None:
-        """Live until `leave`; `ready` is told the API's port.
+    async def run(self, ready: Callable[[int], None], leaving: Callable[[], None] = lambda: None) -> None:
+        """Live until `leave`; `ready` is told the API's port, and `leaving` that the end has begun.
 
         Raises:
             P2PCollabError: why it could not go on.
@@ -147,6 +151,7 @@ class Node:
                 tasks.start_soon(self._live, tasks)
                 await self._leaving.wait()
                 self.phase = "leaving"
+                leaving()
                 if self.member is not None and self._run_known.is_set():
                     await self.member.drain()
                 tasks.cancel_scope.cancel()
@@ -183,16 +188,56 @@ class Node:
         transport = await self._start_network()
         member = await self._find_run(tasks, transport)
         assert self._discovery is not None
-        await self._discovery.announce(
-            Announcement(
-                run_prefix=self.code.run_prefix,
-                name=member.session.spec.name,
-                peer=self.identity.peer_id,
-                port=transport.port,
-            )
+        await self._discovery.announce(self._announcement(member, transport))
+        tasks.start_soon(
+            NetworkWatch(
+                lambda: self.interface,
+                self.options.interface,
+                lambda: member.rejoining.isolated,
+                partial(self._move, tasks, member, transport),
+            ).run
         )
         self.events.add("joined", f"takes part in {member.session.spec.name!r} on {transport.address}")
         await member.run(tasks)
+
+    def _announcement(self, member: Member, transport: Transport) -> Announcement:
+        return Announcement(
+            run_prefix=self.code.run_prefix,
+            name=member.session.spec.name,
+            peer=self.identity.peer_id,
+            port=transport.port,
+        )
+
+    async def _move(
+        self, tasks: TaskGroup, member: Member, transport: Transport, interface: Interface
+    ) -> None:
+        """Be at another address from now on: p2pd there, the board with it, and an announcement of it."""
+        assert self._keeper is not None and self._discovery is not None
+        before, self.interface = self.interface, interface
+        transport.move(interface, port=self.options.port)
+        await self._keeper.move(
+            f"goes from {before.name} ({before.address}) to {interface.name} ({interface.address})"
+        )
+        member.session.record_bell.ring()
+        with contextlib.suppress(OSError):
+            await self._discovery.stop()
+        discovery = Discovery(interface, self.identity.peer_id, self.code.run_prefix)
+        for attempt in range(_DISCOVERY_TRIES):
+            try:
+                await discovery.start(self._announcement(member, transport))
+                break
+            except RunError as error:
+                # An address that has just come takes no multicast for a moment.
+                if attempt + 1 == _DISCOVERY_TRIES:
+                    self.events.add("warning", str(error))
+                    return
+                await anyio.sleep(1.0)
+        self._discovery = discovery
+        tasks.start_soon(self._watch_discovery, tasks)
+
+    def _ask_again(self) -> None:
+        if self._discovery is not None:
+            self._discovery.ask_again()
 
     async def _find_run(self, tasks: TaskGroup, transport: Transport) -> Member:
         """Look for devices until the run is known; they are met from then on."""
@@ -262,6 +307,7 @@ class Node:
             self.timings,
             name=self.name,
             visitor=self._visitor,
+            ask_again=self._ask_again,
         )
         await self.member.start()
         self._run_known.set()

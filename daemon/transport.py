@@ -27,7 +27,7 @@ from hivemind.utils.logging import use_hivemind_log_handler
 from hivemind.utils.multiaddr import Multiaddr
 
 from .. import limits
-from ..errors import NotAuthorisedError, P2PCollabError, PeerError, RunError
+from ..errors import NotAuthorisedError, P2PCollabError, PeerError, RunError, UsageError
 from ..files import write_atomic
 from ..keys import Identity, RunKeys
 from ..wire import (
@@ -322,6 +322,21 @@ class Transport:
         self.counters.p2pd_restarts += 1
         await self.start()
 
+    def move(self, interface: Interface, *, port: int) -> None:
+        """Be at another address from the next `restart` on.
+
+        Args:
+            port: TCP port to listen on there; 0 keeps the present one if it is free there.
+        """
+        self.interface = interface
+        if port:
+            self._port = port
+            return
+        try:
+            check_port_is_free(interface.address, self._port)
+        except UsageError:
+            self._port = 0
+
     async def stop(self) -> None:
         """End p2pd and leave nothing of it behind."""
         if self._watch is not None:
@@ -441,6 +456,13 @@ class Transport:
         self._silent_calls[peer] = self._silent_calls.get(peer, 0) + 1
         self._linked.discard(peer)
 
+    async def refuses(self, peer: str) -> bool:
+        """Whether a peer's host is there, and says that nobody listens at any of the peer's addresses."""
+        if not self.book.proven(peer):
+            # Where this device never got in, being turned away says nothing: a firewall may refuse, too.
+            return False
+        return all(await asyncio.gather(*(_refused(address) for address in self.book.of(peer))))
+
     async def peers(self) -> tuple[str, ...]:
         """Peer ids that there is a link to, as p2pd sees it: strangers, too."""
         try:
@@ -559,6 +581,17 @@ def _answering(kind: type[Request], handler: Callable[[str, Request], Awaitable[
             return error_reply(error).encode()
 
     return answer
+
+
+async def _refused(address: PeerAddress) -> bool:
+    try:
+        _, writer = await asyncio.wait_for(asyncio.open_connection(address.host, address.port), _PROBE_S)
+    except ConnectionRefusedError:
+        return True
+    except (OSError, asyncio.TimeoutError):
+        return False
+    writer.close()
+    return False
 
 
 def _without_peer(address: PeerAddress) -> str:

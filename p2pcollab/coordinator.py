@@ -131,6 +131,14 @@ class Coordinator:
         """The other devices as they were last seen, for people."""
         return self._presence.sightings(now)
 
+    def silent(self, longer_than_s: float, now: float) -> tuple[DeviceId, ...]:
+        """Devices that count as alive although nothing was heard of them for so long."""
+        return self._presence.silent(longer_than_s, now)
+
+    def found_dead(self, device: DeviceId) -> None:
+        """A device's own host says that its daemon is gone: its leases are free at once."""
+        self._presence.found_dead(device)
+
     def record_fields(self) -> RecordFields:
         """What to publish now; each call is a new beat."""
         self._beat += 1

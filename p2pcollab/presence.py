@@ -3,7 +3,8 @@
 Wall clocks of the devices are never compared. A device counts as alive until its beat has not been seen to
 rise for so long (`CoordinatorSettings.silence_s`) of *this* device's monotonic clock. A record that is shown
 again with the same beat, by a slow or stale part of the board, says nothing. Silence is counted up to the
-last reading of the board: what nobody has looked for is not missed.
+last reading of the board: what nobody has looked for is not missed. Sooner than that a device is dead only
+when its own host says so.
 """
 
 from __future__ import annotations
@@ -72,6 +73,8 @@ class _Peer:
     shown_at: float
     #: When its present leases were first seen.
     claimed_at: float
+    #: Its host has said that nobody listens where it was.
+    refused: bool = False
 
 
 class Presence:
@@ -125,6 +128,22 @@ class Presence:
             peer.claimed_at = now
         peer.record = record
         peer.changed_at = now
+        peer.refused = False
+
+    def found_dead(self, device: DeviceId) -> None:
+        """A device's host answers that its daemon is not there: it is dead until its beat rises again.
+
+        A device that is only paused or cut off never causes this: its host takes connections all the same, or
+        says nothing.
+        """
+        if device in self._peers:
+            self._peers[device].refused = True
+
+    def silent(self, longer_than_s: float, now: float) -> tuple[DeviceId, ...]:
+        """The devices that count as alive although their beat has not risen for so long."""
+        return tuple(
+            device for device in self.live(now) if now - self._peers[device].changed_at > longer_than_s
+        )
 
     def live(self, now: float) -> dict[DeviceId, BoardRecord]:
         """The newest records of the other devices that are alive."""
@@ -132,7 +151,9 @@ class Presence:
         return {
             device: peer.record
             for device, peer in self._peers.items()
-            if listened - peer.changed_at <= self._silence_s and peer.record.state != "left"
+            if listened - peer.changed_at <= self._silence_s
+            and not peer.refused
+            and peer.record.state != "left"
         }
 
     def sightings(self, now: float) -> tuple[Sighting, ...]:

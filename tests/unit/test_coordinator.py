@@ -157,6 +157,35 @@ def test_device_that_left_is_gone_at_once() -> None:
     assert one.live(1.0) == (device(0),)
 
 
+def test_device_whose_host_says_that_it_is_gone_is_dead_until_its_beat_rises() -> None:
+    one = coordinator()
+    one.observe_board([Record(device=device(1), beat=5), Record(device=device(2), beat=5)], 0.0)
+    one.observe_board([Record(device=device(2), beat=6)], 2.9)
+    assert one.silent(2.5, 3.0) == (device(1),)
+    one.found_dead(device(1))
+    assert one.live(3.0) == (device(0), device(2))
+    assert one.silent(2.5, 3.0) == ()
+    # Its last record is still on the board, and the board is read after a pause.
+    one.observe_board([Record(device=device(1), beat=5), Record(device=device(2), beat=6)], 30.0)
+    assert device(1) not in one.live(30.0)
+    one.observe_board([Record(device=device(1), beat=6)], 31.0)
+    assert device(1) in one.live(31.0)
+
+
+def test_leases_of_a_device_that_was_found_dead_are_free_at_once() -> None:
+    one = coordinator()
+    everything = tuple(SPEC.shards)
+    one.observe_board([Record(device=device(1), beat=1, state="training", leases=everything)], 0.0)
+    one.observe_board([Record(device=device(1), beat=2, state="training", leases=everything)], TERM / 2)
+    before = one.decide(TERM / 2)
+    assert before is None or before.shards != ()
+    one.abandoned(TERM / 2)
+    one.found_dead(device(1))
+    claim = one.decide(TERM / 2)
+    assert claim is not None
+    assert one.confirm(TERM / 2) == claim.shards
+
+
 def test_own_suspension_is_no_evidence_of_the_death_of_others() -> None:
     one = coordinator()
     one.observe_board([Record(device=device(1), beat=1)], 0.0)
