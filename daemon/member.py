@@ -9,6 +9,7 @@ import asyncio
 import contextlib
 import random
 import time
+from collections.abc import Callable
 from dataclasses import asdict
 from typing import Final, cast
 
@@ -27,7 +28,9 @@ from .board import Board
 from .events import EventLog
 from .gossip import Gossip
 from .model_file import ModelFile
+from .opening import saved_members, saved_names
 from .options import DaemonOptions
+from .renewal import Renewal
 from .session import Counters, Session
 from .store import RunStore
 from .timings import Timings
@@ -61,10 +64,12 @@ class Member:
         *,
         name: str,
         visitor: bool,
+        on_secret: Callable[[bytes], None],
     ) -> None:
         """
         Args:
             name: this device's, for people.
+            on_secret: told of every new run secret.
             visitor: only looks: it shows no record, and holds nothing for others.
         """
         spec = RunSpec.decode(run_store.spec)
@@ -94,7 +99,15 @@ class Member:
             random=rng,
         )
         self.board = Board(transport, keys, identity, spec.run_id, observer=visitor)
-        self.gossip = Gossip(session, self.board)
+        session.names.update(saved_names(run_store))
+        self.renewal = Renewal(
+            session,
+            self.board,
+            run_store.rotation.with_members(saved_members(run_store)),
+            on_secret=on_secret,
+            typed=run_store.rotation_is_typed,
+        )
+        self.gossip = Gossip(session, self.board, self.renewal)
         self.worker = Worker(
             session,
             self.gossip,
@@ -132,6 +145,7 @@ class Member:
             self.gossip.run,
             self.gossip.fetch_wanted,
             self.gossip.spread_news,
+            self.renewal.run,
             self._save_regularly,
             self._collect_garbage,
         ):
@@ -157,6 +171,7 @@ class Member:
 
     async def stop(self) -> None:
         """Leave the board, and close the store. The transport goes on."""
+        self.renewal.stop()
         with contextlib.suppress(P2PCollabError, asyncio.TimeoutError):
             await self.board.stop()
         self._save()
@@ -325,6 +340,7 @@ class Member:
                 },
                 durable=False,
             )
+            self.renewal.save_members()
             session.warnings.pop("index", None)
         except StorageError as error:
             session.warn("index", str(error))

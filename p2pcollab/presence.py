@@ -110,6 +110,11 @@ class Presence:
         peer.record = record
         peer.changed_at = now
 
+    def drop(self, devices: Iterable[DeviceId]) -> None:
+        """Devices that have no part in the run any more, whatever their last records said."""
+        for device in devices:
+            self._peers.pop(device, None)
+
     def live(self, now: float) -> dict[DeviceId, BoardRecord]:
         """The newest records of the other devices that are alive."""
         return {
