@@ -127,7 +127,8 @@ class Board:
         self._identity = identity
         self._observer = observer
         self._clock = clock
-        self._validator = RecordValidator(keys, run_id, clock, self._has_room)
+        self._run_id = run_id
+        self._validator = self._make_validator(keys)
         self._node: Any = None  # hivemind has no types
         self._newest: dict[DeviceId, DeviceRecord] = {}
         self._beat = 0
@@ -191,6 +192,27 @@ class Board:
         with contextlib.suppress(UnreachableError):
             return self._node.p2p is self._transport.p2p and not self._transport.died.is_set()
         return False
+
+    # The run secret's rotation
+
+    def rekey(self, keys: RunKeys) -> None:
+        """Go over to the board of another run secret, which is another name on the same DHT."""
+        self._keys = keys
+        before, self._validator = self._validator, self._make_validator(keys)
+        # A record under the old seal is none any more.
+        self.sealed = b""
+        if self._node is not None:
+            protocol = self._node.protocol
+            protocol.record_validator = self._validator
+            for part in (protocol.storage, protocol.cache):
+                del part[before.key]
+
+    def forget(self, devices: Collection[DeviceId]) -> None:
+        """Drop what is known of devices that were shut out."""
+        self._newest = {device: record for device, record in self._newest.items() if device not in devices}
+
+    def _make_validator(self, keys: RunKeys) -> RecordValidator:
+        return RecordValidator(keys, self._run_id, self._clock, self._has_room)
 
     # Neighbours
 
@@ -296,6 +318,15 @@ class Board:
             device: record for device, record in self._newest.items() if record_expiry(record.beat) >= now
         }
         return self.newest()
+
+    def held(self) -> dict[str, int]:
+        """How much of others this device's part of the DHT keeps: names, records under them, neighbours."""
+        if self._node is None:
+            return {"names": 0, "records": 0, "neighbours": 0}
+        protocol = self._node.protocol
+        values = [item.value for part in (protocol.storage, protocol.cache) for _, item in part.items()]
+        records = sum(len(value) if isinstance(value, DictionaryDHTValue) else 1 for value in values)
+        return {"names": len(values), "records": records, "neighbours": len(self.neighbours)}
 
     def newest(self) -> tuple[DeviceRecord, ...]:
         """What is known of every device without asking anybody, in device order."""

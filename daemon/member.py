@@ -29,8 +29,10 @@ from .death_watch import DeathWatch
 from .events import EventLog
 from .gossip import Gossip
 from .model_file import ModelFile
+from .opening import saved_members, saved_names
 from .options import DaemonOptions
 from .rejoining import Rejoining
+from .renewal import Renewal
 from .session import Counters, Session
 from .store import RunStore
 from .timings import Timings
@@ -62,12 +64,14 @@ class Member:
         *,
         name: str,
         visitor: bool,
+        on_secret: Callable[[bytes], None],
         ask_again: Callable[[], None] = lambda: None,
     ) -> None:
         """
         Args:
             name: this device's, for people.
             ask_again: asks by multicast who is there, now.
+            on_secret: told of every new run secret.
             visitor: only looks: it shows no record, and holds nothing for others.
         """
         spec = RunSpec.decode(run_store.spec)
@@ -97,7 +101,15 @@ class Member:
             random=rng,
         )
         self.board = Board(transport, keys, identity, spec.run_id, observer=visitor)
-        self.gossip = Gossip(session, self.board)
+        session.names.update(saved_names(run_store))
+        self.renewal = Renewal(
+            session,
+            self.board,
+            run_store.rotation.with_members(saved_members(run_store)),
+            on_secret=on_secret,
+            typed=run_store.rotation_is_typed,
+        )
+        self.gossip = Gossip(session, self.board, self.renewal)
         self.rejoining = Rejoining(session, ask_again)
         self.worker = Worker(
             session,
@@ -139,6 +151,7 @@ class Member:
             self.gossip.spread_news,
             DeathWatch(self.session, self.gossip).run,
             self.rejoining.run,
+            self.renewal.run,
             self._save_regularly,
             self._collect_garbage,
         ):
@@ -164,6 +177,7 @@ class Member:
 
     async def stop(self) -> None:
         """Leave the board, and close the store. The transport goes on."""
+        self.renewal.stop()
         with contextlib.suppress(P2PCollabError, asyncio.TimeoutError):
             await self.board.stop()
         self._save()
@@ -340,6 +354,7 @@ class Member:
                 },
                 durable=False,
             )
+            self.renewal.save_members()
             session.warnings.pop("index", None)
         except StorageError as error:
             session.warn("index", str(error))

@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import enum
 import random
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from typing import Final
 
@@ -210,6 +210,18 @@ class Coordinator:
                 self._ledger = self._ledger.without(entry)
                 if earlier is not None:
                     self._ledger = self._ledger.add(earlier)
+
+    def forget(self, devices: Collection[DeviceId]) -> None:
+        """Devices were shut out of the run: their leases are vacant, and their contributions leave the
+        ledger.
+
+        What others have built on a contribution stays, with its samples; one that nobody has built on yet is
+        lost. So all devices drop the same, whatever each had heard before it heard of this.
+        """
+        self._presence.drop(devices)
+        for entry in list(self._ledger.entries.values()):
+            if entry.device in devices:
+                self._ledger = self._ledger.without(entry)
 
     # --- work ---
 

@@ -145,6 +145,11 @@ class Presence:
             device for device in self.live(now) if now - self._peers[device].changed_at > longer_than_s
         )
 
+    def drop(self, devices: Iterable[DeviceId]) -> None:
+        """Devices that have no part in the run any more, whatever their last records said."""
+        for device in devices:
+            self._peers.pop(device, None)
+
     def live(self, now: float) -> dict[DeviceId, BoardRecord]:
         """The newest records of the other devices that are alive."""
         listened = now if self._observed_at is None else min(now, self._observed_at)

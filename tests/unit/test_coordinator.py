@@ -176,14 +176,14 @@ def test_leases_of_a_device_that_was_found_dead_are_free_at_once() -> None:
     one = coordinator()
     everything = tuple(SPEC.shards)
     one.observe_board([Record(device=device(1), beat=1, state="training", leases=everything)], 0.0)
-    one.observe_board([Record(device=device(1), beat=2, state="training", leases=everything)], TERM / 2)
-    before = one.decide(TERM / 2)
+    one.observe_board([Record(device=device(1), beat=2, state="training", leases=everything)], SILENCE / 2)
+    before = one.decide(SILENCE / 2)
     assert before is None or before.shards != ()
-    one.abandoned(TERM / 2)
+    one.abandoned(SILENCE / 2)
     one.found_dead(device(1))
-    claim = one.decide(TERM / 2)
+    claim = one.decide(SILENCE / 2)
     assert claim is not None
-    assert one.confirm(TERM / 2) == claim.shards
+    assert one.confirm(SILENCE / 2) == claim.shards
 
 
 def test_own_suspension_is_no_evidence_of_the_death_of_others() -> None:
