@@ -19,7 +19,7 @@ from typing import Annotated, Any, Final
 import typer
 
 from ..errors import ExitCode, P2PCollabError
-from . import demo_command, model_commands, run_commands, show_commands
+from . import demo_command, model_commands, run_commands, service_commands, show_commands
 from .output import error_line, note, print_error, say, state_folder
 
 #: Newer releases of typer bring a click of their own, older ones use the package: this is the right one.
@@ -58,6 +58,7 @@ def _root(
 
 
 run_commands.register(app)
+service_commands.register(app)
 show_commands.register(app)
 model_commands.register(app)
 demo_command.register(app)

@@ -1,4 +1,4 @@
-"""`new`, `join` and `leave`: taking part in a run."""
+"""`new`, `join`, `leave` and `forget`: taking part in a run, and shutting others out."""
 
 from __future__ import annotations
 
@@ -38,11 +38,20 @@ p2pcollab join                  (goes on with this state folder's run)
 """
 
 
+_FORGET_EXAMPLES: Final = """[bold]Examples[/bold]
+
+p2pcollab forget old-laptop
+
+p2pcollab forget 3f9c02a1 --json | jq -r .join_code
+"""
+
+
 def register(app: typer.Typer) -> None:
     """Add this module's commands."""
     app.command("new", rich_help_panel="Take part", epilog=_NEW_EXAMPLES)(new)
     app.command("join", rich_help_panel="Take part", epilog=_JOIN_EXAMPLES)(join)
     app.command("leave", rich_help_panel="Take part")(leave)
+    app.command("forget", rich_help_panel="Take part", epilog=_FORGET_EXAMPLES)(forget)
 
 
 def new(
@@ -256,6 +265,37 @@ def leave(state: opt.State = None, as_json: opt.Json = False) -> None:
         say("left the run" if gone else f"the daemon (process {pid}) was asked to leave and is still busy")
     if not gone:
         raise typer.Exit(ExitCode.ERROR)
+
+
+def forget(
+    device: Annotated[
+        str,
+        typer.Argument(
+            metavar="DEVICE", help="Its name, or the beginning of its id: see `p2pcollab peers --json`."
+        ),
+    ],
+    state: opt.State = None,
+    as_json: opt.Json = False,
+) -> None:
+    """Shut a device out of the run for good, and give the run a new join code.
+
+    All other devices go on with a new run secret: those that are here at once, the others when they come
+    back. What others have built on the device's work stays in the model; its newest contributions are
+    dropped.
+    """
+    from ..daemon.api_client import ApiClient
+
+    with ApiClient(state_folder(state)) as client:
+        done = client.forget(device)
+    if as_json:
+        print_json(done)
+        return
+    say(f"{done['name']} (device {done['device'][:8]}) is shut out of the run")
+    if done["told"]:
+        say(f"went over to the new secret: {', '.join(done['told'])}")
+    if done["not_told"]:
+        say(f"will, when they are back: {', '.join(done['not_told'])}")
+    say(f"\nNew join code (the old one is of no use any more):\n\n    {done['join_code']}\n")
 
 
 def _part(

@@ -25,6 +25,7 @@ from .error_fields import error_to_fields, first_within
 from .node import Node
 from .options import DaemonOptions
 from .store import Store
+from .watchdog import Watchdog
 
 log = structlog.get_logger()
 
@@ -53,7 +54,17 @@ async def _live(node: Node, attached: bool) -> None:
         loop.add_signal_handler(number, node.leave)
     if attached:
         threading.Thread(target=_leave_at_end_of_input, args=(loop, node.leave), daemon=True).start()
-    await node.run(ready=lambda port: _say({"ok": True, "pid": os.getpid(), "port": port}))
+    watchdog = Watchdog(os.environ, os.getpid())
+
+    def ready(port: int) -> None:
+        _say({"ok": True, "pid": os.getpid(), "port": port})
+        watchdog.ready()
+
+    living = asyncio.create_task(watchdog.keep())
+    try:
+        await node.run(ready, leaving=watchdog.leaving)
+    finally:
+        living.cancel()
 
 
 def _leave_at_end_of_input(loop: asyncio.AbstractEventLoop, leave: Any) -> None:

@@ -135,6 +135,11 @@ class AddressBook:
         entry = self._entries.get(peer)
         return tuple(entry.addresses) if entry else ()
 
+    def proven(self, peer: str) -> bool:
+        """Whether this device ever reached the peer at one of its addresses."""
+        entry = self._entries.get(peer)
+        return entry is not None and entry.proven
+
     def all(self) -> tuple[PeerAddress, ...]:
         """Everything known, to be stored over a restart; proven peers first."""
         entries = sorted(self._entries.values(), key=lambda entry: not entry.proven)
@@ -154,6 +159,11 @@ class AddressBook:
         if entry is not None:
             entry.next_try = now + min(_RETRY_S_MAX, _RETRY_S * 2.0**entry.failures)
             entry.failures += 1
+
+    def retry_all(self) -> None:
+        """Make all peers due at once, however often they failed."""
+        for entry in self._entries.values():
+            entry.failures, entry.next_try = 0, 0.0
 
     def due(self, now: float) -> tuple[str, ...]:
         """Peers that may be tried now."""

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, Final, Protocol
 
 import uvicorn
-from fastapi import FastAPI, Query, Request
+from fastapi import Body, FastAPI, Query, Request
 from fastapi.responses import JSONResponse, PlainTextResponse, Response
 from prometheus_client import CollectorRegistry, generate_latest
 from starlette.types import ASGIApp, Receive, Scope, Send
@@ -56,6 +56,13 @@ class NodePort(Protocol):
 
     def leave(self) -> None:
         """Begin to leave: finish what must be finished, then stop. Returns at once."""
+
+    async def forget(self, device: str) -> dict[str, Any]:
+        """Shut a device out of the run, and say who knows of it and what the join code is now.
+
+        Raises:
+            P2PCollabError: there is no such device, or the new secret could not be stored.
+        """
 
     async def assemble(self) -> ModelFile:
         """The global model from what this device has.
@@ -101,6 +108,10 @@ def create_app(node: NodePort, token: str) -> FastAPI:
     async def leave() -> JSONResponse:
         node.leave()
         return JSONResponse({"leaving": True}, status_code=202)
+
+    @app.post("/v1/forget")
+    async def forget(device: str = Body(embed=True, min_length=1, max_length=128)) -> JSONResponse:
+        return JSONResponse(await node.forget(device))
 
     @app.post("/v1/assemble")
     async def assemble() -> Response:

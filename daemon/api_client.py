@@ -19,6 +19,8 @@ from .model_file import ModelFile
 _START_IT: Final = "start it with `p2pcollab new` or `p2pcollab join`"
 #: Assembly waits for the trainer's step in progress, reads all shards and merges them.
 _ASSEMBLE_WITHIN_S: Final = 600.0
+#: A device that has just died is waited for.
+_FORGET_WITHIN_S: Final = 30.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -129,6 +131,11 @@ class ApiClient:
         """Ask the daemon to leave the run and stop. It has not stopped yet when this returns."""
         self._ask("POST", "/v1/leave")
 
+    def forget(self, device: str) -> dict[str, Any]:
+        """Have a device shut out of the run: who knows of it, and the new join code."""
+        reply = self._ask("POST", "/v1/forget", timeout_s=_FORGET_WITHIN_S, body={"device": device})
+        return cast("dict[str, Any]", reply.json())
+
     def assemble(self) -> ModelFile:
         """The global model from what the daemon has."""
         reply = self._ask("POST", "/v1/assemble", timeout_s=_ASSEMBLE_WITHIN_S)
@@ -143,10 +150,12 @@ class ApiClient:
         """The metrics in Prometheus's text format."""
         return self._ask("GET", "/metrics").text
 
-    def _ask(self, method: str, path: str, timeout_s: float | None = None) -> httpx.Response:
+    def _ask(
+        self, method: str, path: str, timeout_s: float | None = None, body: dict[str, Any] | None = None
+    ) -> httpx.Response:
         timeout_s = timeout_s or self._timeout_s
         try:
-            reply = self._http.request(method, path, timeout=timeout_s)
+            reply = self._http.request(method, path, timeout=timeout_s, json=body)
         except httpx.TimeoutException as error:
             raise P2PCollabError(
                 f"the daemon (process {self.address.pid}) did not answer within {timeout_s:.0f} s",

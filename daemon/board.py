@@ -28,15 +28,13 @@ from hivemind.utils import MSGPackSerializer, ValueWithExpiration
 from .. import limits
 from ..errors import P2PCollabError, PeerError, RunError
 from ..keys import Identity, RunKeys, device_of_peer
+from ..presence import next_beat, record_expiry
 from ..records import BOARD_DEVICES, DeviceRecord, open_record, seal_record
 from ..run import DeviceId, RunId
 from .addresses import PeerAddress
 from .calls import UnreachableError
 from .transport import Transport
 
-#: A record is valid this long by its author's clock. As much is left of RECORD_TTL_S_MAX, above and below, as
-#: two clocks may differ.
-RECORD_TTL_S: Final = limits.RECORD_TTL_S_MAX - limits.CLOCK_SKEW_S_MAX
 #: How often remembered addresses are tried: a healed partition stays split until somebody reaches across.
 KEEPALIVE_S: Final = 5.0
 _RPC_S: Final = 1.5
@@ -81,7 +79,7 @@ class RecordValidator(RecordValidatorBase):  # type: ignore[misc]  # hivemind ha
             return False
         return (
             record.key == self._key_bytes
-            and record.expiration_time == expiry(opened.beat)
+            and record.expiration_time == record_expiry(opened.beat)
             and record.expiration_time <= self._clock() + limits.RECORD_TTL_S_MAX
             and self._has_room(device)
         )
@@ -101,11 +99,6 @@ class RecordValidator(RecordValidatorBase):  # type: ignore[misc]  # hivemind ha
         if len(self._opened) > 2 * limits.DEVICES_MAX:
             self._opened.popitem(last=False)
         return record
-
-
-def expiry(beat: int) -> float:
-    """When a record expires, unix seconds. `beat`: unix milliseconds."""
-    return beat / 1000 + RECORD_TTL_S
 
 
 class Board:
@@ -134,7 +127,8 @@ class Board:
         self._identity = identity
         self._observer = observer
         self._clock = clock
-        self._validator = RecordValidator(keys, run_id, clock, self._has_room)
+        self._run_id = run_id
+        self._validator = self._make_validator(keys)
         self._node: Any = None  # hivemind has no types
         self._newest: dict[DeviceId, DeviceRecord] = {}
         self._beat = 0
@@ -199,6 +193,27 @@ class Board:
             return self._node.p2p is self._transport.p2p and not self._transport.died.is_set()
         return False
 
+    # The run secret's rotation
+
+    def rekey(self, keys: RunKeys) -> None:
+        """Go over to the board of another run secret, which is another name on the same DHT."""
+        self._keys = keys
+        before, self._validator = self._validator, self._make_validator(keys)
+        # A record under the old seal is none any more.
+        self.sealed = b""
+        if self._node is not None:
+            protocol = self._node.protocol
+            protocol.record_validator = self._validator
+            for part in (protocol.storage, protocol.cache):
+                del part[before.key]
+
+    def forget(self, devices: Collection[DeviceId]) -> None:
+        """Drop what is known of devices that were shut out."""
+        self._newest = {device: record for device, record in self._newest.items() if device not in devices}
+
+    def _make_validator(self, keys: RunKeys) -> RecordValidator:
+        return RecordValidator(keys, self._run_id, self._clock, self._has_room)
+
     # Neighbours
 
     @property
@@ -236,7 +251,9 @@ class Board:
     async def maintain(self) -> None:
         """Keep the board in one piece, for ever."""
         while True:
-            await self.keep_alive()
+            if await self.keep_alive():
+                # Whoever is back is seldom back alone: a cable is in again, or a switch runs.
+                self._transport.book.retry_all()
             await asyncio.sleep(KEEPALIVE_S)
 
     async def _ping(self, peer: str) -> bool:
@@ -252,16 +269,9 @@ class Board:
     # Records
 
     def next_beat(self) -> int:
-        """The beat of this device's next record: unix milliseconds, greater than that of every earlier one.
-
-        Only a clock that was set back by more than others tolerate starts anew: what was published then was
-        refused.
-        """
-        now_ms = round(self._clock() * 1000)
+        """The beat of this device's next record; see `presence.next_beat`."""
         own = self._newest.get(self._identity.device)
-        last = max(self._beat, own.beat if own else 0)
-        ahead = last - now_ms
-        self._beat = last + 1 if 0 <= ahead <= limits.CLOCK_SKEW_S_MAX * 1000 else now_ms
+        self._beat = next_beat(max(self._beat, own.beat if own else 0), self._clock())
         return self._beat
 
     async def publish(self, record: DeviceRecord) -> int:
@@ -277,7 +287,9 @@ class Board:
             return 0
         try:
             stored = await asyncio.wait_for(
-                self._node.store(self._validator.name, sealed, expiry(record.beat), subkey=record.device),
+                self._node.store(
+                    self._validator.name, sealed, record_expiry(record.beat), subkey=record.device
+                ),
                 _OPERATION_S,
             )
         except (asyncio.TimeoutError, P2PCollabError):
@@ -303,9 +315,18 @@ class Board:
                     self._take(self._validator.open(item.value, device))
         now = self._clock()
         self._newest = {
-            device: record for device, record in self._newest.items() if expiry(record.beat) >= now
+            device: record for device, record in self._newest.items() if record_expiry(record.beat) >= now
         }
         return self.newest()
+
+    def held(self) -> dict[str, int]:
+        """How much of others this device's part of the DHT keeps: names, records under them, neighbours."""
+        if self._node is None:
+            return {"names": 0, "records": 0, "neighbours": 0}
+        protocol = self._node.protocol
+        values = [item.value for part in (protocol.storage, protocol.cache) for _, item in part.items()]
+        records = sum(len(value) if isinstance(value, DictionaryDHTValue) else 1 for value in values)
+        return {"names": len(values), "records": records, "neighbours": len(self.neighbours)}
 
     def newest(self) -> tuple[DeviceRecord, ...]:
         """What is known of every device without asking anybody, in device order."""
@@ -328,7 +349,7 @@ class Board:
             PeerError: it is not that device's record, or there are too many devices.
         """
         record = self._validator.open(sealed, device)
-        if expiry(record.beat) > self._clock() + limits.RECORD_TTL_S_MAX:
+        if record_expiry(record.beat) > self._clock() + limits.RECORD_TTL_S_MAX:
             raise PeerError("a record expires too late")
         if device not in self._newest and len(self._newest) >= limits.DEVICES_MAX:
             raise PeerError(f"there are {limits.DEVICES_MAX} devices already")

@@ -37,6 +37,8 @@ SERVICE: Final = "_p2pcollab._tcp.local."
 #: Questions are repeated ever more rarely by zeroconf, up to once an hour; a device that was plugged in again
 #: asks sooner.
 BROWSE_AGAIN_S: Final = 20.0
+#: In which a flood can add some 10,000 records, a few MiB.
+_LOOK_AT_CACHE_S: Final = 1.0
 #: A second question, for when the first got lost.
 _ASK_TWICE_S: Final = 0.3
 _RESOLVE_MS: Final = 3000
@@ -100,6 +102,7 @@ class Discovery:
         self._announced: AsyncServiceInfo | None = None
         self._tasks: set[asyncio.Task[None]] = set()
         self._resolving: set[str] = set()
+        self._ask_now = asyncio.Event()
         #: Since the last question.
         self._reported: set[Found] = set()
         # Bounded: what is dropped comes again with the next question.
@@ -122,6 +125,7 @@ class Discovery:
             ) from error
         await self._open_asking(self._zeroconf.zeroconf)
         self._spawn(self._browse())
+        self._spawn(self._bound_cache(self._zeroconf.zeroconf))
         if announcement is not None:
             await self.announce(announcement)
 
@@ -152,6 +156,10 @@ class Discovery:
         self._announced = info
         self._spawn(_finish(sent))
 
+    def ask_again(self) -> None:
+        """Ask who is there now, instead of when it is time again."""
+        self._ask_now.set()
+
     async def stop(self) -> None:
         """Take the announcement back, so that nobody waits for us, and stop browsing."""
         if self._zeroconf is None:
@@ -173,6 +181,13 @@ class Discovery:
             self._queue.get_nowait()
         self._queue.put_nowait(None)
 
+    def held(self) -> dict[str, int]:
+        """How much of what was announced is kept: findings, and mDNS records of whatever kind."""
+        return {
+            "announcements": len(self.found),
+            "mdns_records": 0 if self._zeroconf is None else _cached(self._zeroconf.zeroconf),
+        }
+
     async def __aiter__(self) -> AsyncIterator[Found]:
         while (found := await self._queue.get()) is not None:
             yield found
@@ -188,8 +203,22 @@ class Discovery:
             for _ in range(2):
                 self._asking.sendto(_question(), _GROUP)
                 await asyncio.sleep(_ASK_TWICE_S)
-            await asyncio.sleep(BROWSE_AGAIN_S)
+            with contextlib.suppress(asyncio.TimeoutError):
+                await asyncio.wait_for(self._ask_now.wait(), BROWSE_AGAIN_S)
+            self._ask_now.clear()
             await self._browser.async_cancel()
+
+    async def _bound_cache(self, zeroconf: Zeroconf) -> None:
+        """Empty zeroconf's cache when it is too full, for ever: it keeps what anybody announces for 75
+        minutes.
+
+        Devices that are really there answer the next question; and who was met is remembered elsewhere.
+        """
+        while True:
+            await asyncio.sleep(_LOOK_AT_CACHE_S)
+            if _cached(zeroconf) > limits.MDNS_RECORDS_MAX:
+                records = [record for named in zeroconf.cache.cache.values() for record in named]
+                zeroconf.cache.async_remove_records(records)
 
     async def _open_asking(self, zeroconf: Zeroconf) -> None:
         """A socket for questions that are answered at once and here.
@@ -266,6 +295,10 @@ class _Answers(asyncio.DatagramProtocol):
         message = DNSIncoming(data, addr)
         if message.valid and message.is_response():
             self._zeroconf.record_manager.async_updates_from_response(message)
+
+
+def _cached(zeroconf: Zeroconf) -> int:
+    return sum(map(len, zeroconf.cache.cache.values()))
 
 
 def _question() -> bytes:

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeVar
 
 import psutil
 
@@ -20,7 +18,10 @@ from ..errors import NotRunningError, P2PCollabError
 from .api_client import ApiClient
 from .launcher import Launched, launch
 from .model_file import ModelFile
+from .network_namespace import call_in_network_of
 from .p2pd import P2PD_MARK, end_stale_p2pd
+
+T = TypeVar("T")
 
 _POLL_S = 0.1
 
@@ -47,10 +48,28 @@ class LocalDevice:
         self.launched = launch({**self.options, "attached": True}, prefix=self.prefix)
         return self
 
+    def ask(self, question: Callable[[ApiClient], T]) -> T:
+        """Ask the daemon's API, wherever it runs.
+
+        Raises:
+            P2PCollabError: it does not answer, or refuses.
+        """
+
+        def ask() -> T:
+            with ApiClient(self.state) as client:
+                return question(client)
+
+        if not self.prefix or self.launched is None:
+            return ask()
+        try:
+            # The API listens on the loopback interface of the device's own network.
+            return call_in_network_of(self.launched.pid, ask)
+        except OSError as error:
+            raise NotRunningError(f"{self.name} cannot be asked: {error.strerror}") from error
+
     def assemble(self) -> ModelFile:
         """The global model from this device."""
-        with ApiClient(self.state) as client:
-            return client.assemble()
+        return self.ask(lambda client: client.assemble())
 
     @property
     def running(self) -> bool:
@@ -59,19 +78,10 @@ class LocalDevice:
 
     def status(self) -> dict[str, Any] | None:
         """The daemon's status, or None while it cannot answer."""
-        if self.prefix:
-            return self._status_by_command()
-        with suppress(NotRunningError), ApiClient(self.state) as client:
-            return client.status()
+        # Also one that does not answer in time: where many daemons share a core, that is a matter of waiting.
+        with suppress(P2PCollabError):
+            return self.ask(lambda client: client.status())
         return None
-
-    def _status_by_command(self) -> dict[str, Any] | None:
-        # The API listens on the loopback interface of the device's own network namespace.
-        command = [*self.prefix, sys.executable, "-m", "p2pcollab.cli", "status", "--json"]
-        reply = subprocess.run(
-            [*command, "--state", str(self.state)], capture_output=True, text=True, check=False
-        )
-        return json.loads(reply.stdout) if reply.returncode == 0 else None
 
     def processes(self) -> dict[str, psutil.Process]:
         """The device's processes by part: `daemon`, `trainer`, `p2pd`."""

@@ -37,6 +37,7 @@ from ..wire import (
 )
 from .board import Board
 from .calls import RefusalError, UnreachableError
+from .renewal import Renewal
 from .session import Bell, Session
 
 log = structlog.get_logger()
@@ -59,9 +60,10 @@ _PAGES_MAX: Final = 32
 class Gossip:
     """One device's part in it: the answers to its peers, and its own questions."""
 
-    def __init__(self, session: Session, board: Board) -> None:
+    def __init__(self, session: Session, board: Board, renewal: Renewal) -> None:
         self._session = session
         self._board = board
+        self._renewal = renewal
         #: Peer id of each device that has shown one.
         self._peers: dict[DeviceId, str] = {}
         #: What leases have made and nobody was told yet; what is dropped travels with the next round.
@@ -122,13 +124,23 @@ class Gossip:
     async def observe(self, *, fresh: bool = True) -> None:
         """Let the coordinator see the board; `fresh`: read it anew first."""
         session = self._session
+        # A reading takes as long as the slowest node that is asked: what it shows is as old as its beginning.
+        began = session.clock()
         records = await self._board.read() if fresh else self._board.newest()
-        others = [record for record in records if record.device != session.device]
+        others = [
+            record
+            for record in records
+            if record.device != session.device and record.device not in session.forgotten
+        ]
         for record in others:
             session.names[DeviceId(record.device)] = record.name
         complete = session.coordinator.complete
+        self._renewal.learn_peers(DeviceId(record.device) for record in others)
+        if fresh:
+            session.coordinator.observe_board(others, began)
+        else:
+            session.coordinator.hear(others, began)
         # What was held back may count from now on.
-        session.coordinator.observe_board(others, session.clock())
         self._tell_refusals()
         self._tell_completion(complete)
 
@@ -143,6 +155,8 @@ class Gossip:
         acceptable = []
         for data in encoded:
             contribution = decode_contribution(data, self._session.run_id)
+            if contribution.device in self._session.forgotten:
+                continue
             reason = reason_to_refuse(contribution, self._session.spec)
             if reason is None and not self._is_known(contribution):
                 reason = self._reason_to_leave_out(contribution)
@@ -151,9 +165,14 @@ class Gossip:
             else:
                 self._refuse(contribution, reason)
         new = self.enter(acceptable)
+        self._learn_authors(new)
         if new:
             log.info("heard", entries=len(new), source=source)
         return new
+
+    def _learn_authors(self, contributions: Iterable[Contribution]) -> None:
+        keys = {entry.device: entry.public_key for entry in contributions}
+        self._renewal.learn(keys, keys.get)
 
     def _is_known(self, contribution: Contribution) -> bool:
         return self._session.coordinator.ledger.get(*contribution.key) is not None
@@ -245,8 +264,10 @@ class Gossip:
                 known.append(decode_contribution(data, session.run_id))
             except PeerError as error:
                 session.warn("store", f"a stored contribution is damaged and was left out: {error}")
+        known = [entry for entry in known if entry.device not in session.forgotten]
         session.coordinator.receive(known, session.clock())
         session.coordinator.refusals()  # told of in an earlier life
+        self._learn_authors(known)
 
     def _refuse(self, contribution: Contribution, reason: str) -> None:
         session = self._session
@@ -291,6 +312,7 @@ class Gossip:
         peer = self.peer_of(device)
         if peer is None:
             return
+        await self._renewal.compare(peer)
         try:
             for shards in self._pages():
                 for _ in range(_PAGES_MAX):

@@ -38,6 +38,11 @@ class Interface:
         """Whether only this device can reach it."""
         return ipaddress.IPv4Address(self.address).is_loopback
 
+    @property
+    def is_virtual(self) -> bool:
+        """Whether containers, virtual machines or a tunnel are behind it, rather than a LAN."""
+        return self.name.startswith(_VIRTUAL)
+
     def may_reach(self, host: str) -> bool:
         """Whether a host that a stranger named may be dialled from here.
 
@@ -101,7 +106,7 @@ def _rank(interface: Interface, outward: str | None) -> tuple[bool, bool, bool, 
     """Smaller is better: private before public, real before virtual, the default route's before others."""
     address = ipaddress.IPv4Address(interface.address)
     return (
-        interface.name.startswith(_VIRTUAL),
+        interface.is_virtual,
         address.is_link_local,
         not address.is_private,
         interface.address != outward,

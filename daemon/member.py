@@ -9,6 +9,7 @@ import asyncio
 import contextlib
 import random
 import time
+from collections.abc import Callable
 from dataclasses import asdict
 from typing import Final, cast
 
@@ -24,10 +25,14 @@ from ..planning import tasks_of
 from ..records import DeviceRecord, DeviceState
 from ..run import DeviceId, RunSpec, ShardId
 from .board import Board
+from .death_watch import DeathWatch
 from .events import EventLog
 from .gossip import Gossip
 from .model_file import ModelFile
+from .opening import saved_members, saved_names
 from .options import DaemonOptions
+from .rejoining import Rejoining
+from .renewal import Renewal
 from .session import Counters, Session
 from .store import RunStore
 from .timings import Timings
@@ -35,8 +40,6 @@ from .trainer import Budget, DataSummary, Trainer, TrainerSettings
 from .transport import Transport
 from .work import Worker
 
-#: A beat of this device's record. The lease term is four of them.
-_BEAT_S: Final = 2.0
 _DRAIN_S: Final = 12.0
 #: How long a leaving device waits for others to fetch what only it holds.
 _HANDOVER_S: Final = 6.0
@@ -61,10 +64,14 @@ class Member:
         *,
         name: str,
         visitor: bool,
+        on_secret: Callable[[bytes], None],
+        ask_again: Callable[[], None] = lambda: None,
     ) -> None:
         """
         Args:
             name: this device's, for people.
+            ask_again: asks by multicast who is there, now.
+            on_secret: told of every new run secret.
             visitor: only looks: it shows no record, and holds nothing for others.
         """
         spec = RunSpec.decode(run_store.spec)
@@ -94,7 +101,16 @@ class Member:
             random=rng,
         )
         self.board = Board(transport, keys, identity, spec.run_id, observer=visitor)
-        self.gossip = Gossip(session, self.board)
+        session.names.update(saved_names(run_store))
+        self.renewal = Renewal(
+            session,
+            self.board,
+            run_store.rotation.with_members(saved_members(run_store)),
+            on_secret=on_secret,
+            typed=run_store.rotation_is_typed,
+        )
+        self.gossip = Gossip(session, self.board, self.renewal)
+        self.rejoining = Rejoining(session, ask_again)
         self.worker = Worker(
             session,
             self.gossip,
@@ -135,9 +151,13 @@ class Member:
         for part in (
             self.board.maintain,
             self._beat,
+            self._watch_board,
             self.gossip.run,
             self.gossip.fetch_wanted,
             self.gossip.spread_news,
+            DeathWatch(self.session, self.gossip).run,
+            self.rejoining.run,
+            self.renewal.run,
             self._save_regularly,
             self._collect_garbage,
         ):
@@ -163,6 +183,7 @@ class Member:
 
     async def stop(self) -> None:
         """Leave the board, and close the store. The transport goes on."""
+        self.renewal.stop()
         with contextlib.suppress(P2PCollabError, asyncio.TimeoutError):
             await self.board.stop()
         self._save()
@@ -277,17 +298,25 @@ class Member:
             await self.board.publish(record)
 
     async def _beat(self) -> None:
+        """Publish in time: a device elsewhere that stands still must not make this one look dead."""
         session = self.session
-        known: set[DeviceId] = set()
         while True:
+            began = session.clock()
             try:
                 await self.publish()
-                await self.gossip.observe()
-                known = self._tell_comings_and_goings(known)
                 session.warnings.pop("board", None)
             except P2PCollabError as error:
                 session.warn("board", str(error))
-            await session.record_bell.wait(_BEAT_S * (0.9 + 0.2 * session.random.random()))
+            beat_s = session.coordinator.settings.beat_s * (0.9 + 0.2 * session.random.random())
+            await session.record_bell.wait(max(0.0, began + beat_s - session.clock()))
+
+    async def _watch_board(self) -> None:
+        session = self.session
+        known: set[DeviceId] = set()
+        while True:
+            await self.gossip.observe()
+            known = self._tell_comings_and_goings(known)
+            await anyio.sleep(session.coordinator.settings.beat_s * (0.9 + 0.2 * session.random.random()))
 
     def _tell_comings_and_goings(self, known: set[DeviceId]) -> set[DeviceId]:
         session = self.session
@@ -332,6 +361,7 @@ class Member:
                 },
                 durable=False,
             )
+            self.renewal.save_members()
             session.warnings.pop("index", None)
         except StorageError as error:
             session.warn("index", str(error))
@@ -340,8 +370,11 @@ class Member:
         session = self.session
         while True:
             await anyio.sleep(_SAVE_S)
-            keep = session.coordinator.keep() | self.gossip.fetching.keys()
+            held = session.store.digests()
+            keep = session.coordinator.keep() | self.gossip.fetching.keys() | self.worker.storing
+            for digest in self.gossip.fetched_by.keys() - keep:
+                del self.gossip.fetched_by[digest]
             try:
-                await asyncio.to_thread(session.store.collect_garbage, keep)
+                await asyncio.to_thread(session.store.collect_garbage, held - keep)
             except StorageError as error:
                 session.warn("disk", str(error))

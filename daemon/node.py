@@ -10,15 +10,17 @@ import contextlib
 import importlib
 import time
 from collections.abc import Awaitable, Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 import anyio
 import structlog
 from anyio.abc import TaskGroup
 
-from ..errors import NotAuthorisedError, P2PCollabError, PeerError, StorageError
+from .. import limits
+from ..errors import NotAuthorisedError, P2PCollabError, PeerError, RunError, StorageError
 from ..keys import Identity, RunKeys
-from ..run import PROTOCOL_VERSION, RunSpec
+from ..run import PROTOCOL_VERSION, JoinCode, RunSpec
 from ..wire import Exchange, ExchangeReply, Fetch, Hello, HelloReply, Push, PushReply
 from . import opening
 from . import status as views
@@ -26,8 +28,9 @@ from .addresses import AddressBook, PeerAddress
 from .calls import Handlers, RefusalError
 from .discovery import Announcement, Discovery
 from .events import Event, EventLog
-from .interfaces import choose_interface
+from .interfaces import Interface, choose_interface
 from .model_file import ModelFile
+from .network_watch import NetworkWatch
 from .options import DaemonOptions
 from .p2pd import P2PD_MARK, check_port_is_free, end_stale_p2pd
 from .store import RunStore, Store
@@ -45,6 +48,8 @@ log = structlog.get_logger()
 _NO_PEERS_AFTER_S: Final = 15.0
 #: A refusal may come from an impostor: an honest device has this long to answer.
 _REFUSED_AFTER_S: Final = 6.0
+#: How often discovery is started on a new interface, a second apart.
+_DISCOVERY_TRIES: Final = 10
 
 Result = TypeVar("Result")
 
@@ -80,7 +85,7 @@ class Node:
         self.phase = "starting"
         self.transport: Transport | None = None
         self.member: Member | None = None
-        self._discovery: Discovery | None = None
+        self.discovery: Discovery | None = None
         self._keeper: P2pdKeeper | None = None
         self._run_known = anyio.Event()
         #: Another device of the run has answered as one.
@@ -115,6 +120,15 @@ class Node:
         """Begin to leave."""
         self._leaving.set()
 
+    async def forget(self, device: str) -> dict[str, Any]:
+        """Shut a device out of the run."""
+        if self.member is None:
+            raise P2PCollabError(
+                "the run is not known yet: no device of it was found so far",
+                "wait, or see `p2pcollab status`",
+            )
+        return {**await self.member.renewal.forget(device), "join_code": str(self.code)}
+
     async def assemble(self) -> ModelFile:
         """The global model: what is missing here is fetched first."""
         if self.member is None:
@@ -126,8 +140,8 @@ class Node:
 
     # Life
 
-    async def run(self, ready: Callable[[int], None]) -> None:
-        """Live until `leave`; `ready` is told the API's port.
+    async def run(self, ready: Callable[[int], None], leaving: Callable[[], None] = lambda: None) -> None:
+        """Live until `leave`; `ready` is told the API's port, and `leaving` that the end has begun.
 
         Raises:
             P2PCollabError: why it could not go on.
@@ -147,6 +161,7 @@ class Node:
                 tasks.start_soon(self._live, tasks)
                 await self._leaving.wait()
                 self.phase = "leaving"
+                leaving()
                 if self.member is not None and self._run_known.is_set():
                     await self.member.drain()
                 tasks.cancel_scope.cancel()
@@ -182,17 +197,58 @@ class Node:
     async def _live(self, tasks: TaskGroup) -> None:
         transport = await self._start_network()
         member = await self._find_run(tasks, transport)
-        assert self._discovery is not None
-        await self._discovery.announce(
-            Announcement(
-                run_prefix=self.code.run_prefix,
-                name=member.session.spec.name,
-                peer=self.identity.peer_id,
-                port=transport.port,
-            )
+        assert self.discovery is not None
+        await self.discovery.announce(self._announcement(member, transport))
+        tasks.start_soon(
+            NetworkWatch(
+                lambda: self.interface,
+                self.options.interface,
+                lambda: member.rejoining.isolated,
+                partial(self._move, tasks, member, transport),
+            ).run
         )
+        tasks.start_soon(self._end_when_shut_out, member)
         self.events.add("joined", f"takes part in {member.session.spec.name!r} on {transport.address}")
         await member.run(tasks)
+
+    def _announcement(self, member: Member, transport: Transport) -> Announcement:
+        return Announcement(
+            run_prefix=self.code.run_prefix,
+            name=member.session.spec.name,
+            peer=self.identity.peer_id,
+            port=transport.port,
+        )
+
+    async def _move(
+        self, tasks: TaskGroup, member: Member, transport: Transport, interface: Interface
+    ) -> None:
+        """Be at another address from now on: p2pd there, the board with it, and an announcement of it."""
+        assert self._keeper is not None and self.discovery is not None
+        before, self.interface = self.interface, interface
+        transport.move(interface, port=self.options.port)
+        await self._keeper.move(
+            f"goes from {before.name} ({before.address}) to {interface.name} ({interface.address})"
+        )
+        member.session.record_bell.ring()
+        with contextlib.suppress(OSError):
+            await self.discovery.stop()
+        discovery = Discovery(interface, self.identity.peer_id, self.code.run_prefix)
+        for attempt in range(_DISCOVERY_TRIES):
+            try:
+                await discovery.start(self._announcement(member, transport))
+                break
+            except RunError as error:
+                # An address that has just come takes no multicast for a moment.
+                if attempt + 1 == _DISCOVERY_TRIES:
+                    self.events.add("warning", str(error))
+                    return
+                await anyio.sleep(1.0)
+        self.discovery = discovery
+        tasks.start_soon(self._watch_discovery, tasks)
+
+    def _ask_again(self) -> None:
+        if self.discovery is not None:
+            self.discovery.ask_again()
 
     async def _find_run(self, tasks: TaskGroup, transport: Transport) -> Member:
         """Look for devices until the run is known; they are met from then on."""
@@ -230,13 +286,13 @@ class Node:
         await self.transport.start()
         self._keeper = P2pdKeeper(self.transport, self._trainer, self.events, self._relink)
         await self._keeper.guard()
-        self._discovery = Discovery(self.interface, self.identity.peer_id, self.code.run_prefix)
-        await self._discovery.start()
+        self.discovery = Discovery(self.interface, self.identity.peer_id, self.code.run_prefix)
+        await self.discovery.start()
         self.timings.done("p2pd")
         return self.transport
 
     async def _stop(self) -> None:
-        for part in (self._discovery, self.member, self.transport):
+        for part in (self.discovery, self.member, self.transport):
             if part is not None:
                 with contextlib.suppress(P2PCollabError, asyncio.TimeoutError):
                     await part.stop()
@@ -262,15 +318,27 @@ class Node:
             self.timings,
             name=self.name,
             visitor=self._visitor,
+            ask_again=self._ask_again,
+            on_secret=self._new_secret,
         )
         await self.member.start()
         self._run_known.set()
 
+    def _new_secret(self, secret: bytes) -> None:
+        assert self.run_store is not None
+        self.code = JoinCode.create(secret, self.run_store.run_id)
+
+    async def _end_when_shut_out(self, member: Member) -> None:
+        await member.renewal.ended.wait()
+        assert member.renewal.shut_out is not None
+        raise member.renewal.shut_out
+
     # Peers
 
     async def _watch_discovery(self, tasks: TaskGroup) -> None:
-        assert self._discovery is not None
-        async for found in self._discovery:
+        assert self.discovery is not None
+        gate = anyio.Semaphore(limits.ADDRESSES_TRIED_AT_ONCE)
+        async for found in self.discovery:
             if found.version != PROTOCOL_VERSION:
                 self.events.add(
                     "incompatible",
@@ -278,23 +346,43 @@ class Node:
                     f"{PROTOCOL_VERSION}: install the same version of p2pcollab on both",
                 )
                 continue
-            # Not one after the other: a dead address takes seconds.
-            tasks.start_soon(self._try_address, found.address)
+            # Not one after the other: a dead address takes seconds. Nor all at once: anybody can announce.
+            await gate.acquire()
+            tasks.start_soon(self._try_announced, found.address, gate)
+
+    async def _try_announced(self, address: PeerAddress, gate: anyio.Semaphore) -> None:
+        try:
+            refusal = await self._meet(address)
+        finally:
+            gate.release()
+        if refusal is not None:
+            await self._refused(refusal)
 
     async def _try_address(self, address: PeerAddress) -> None:
-        """Meet a device at an address, and ask it for the run spec while that is unknown."""
+        refusal = await self._meet(address)
+        if refusal is not None:
+            await self._refused(refusal)
+
+    async def _meet(self, address: PeerAddress) -> NotAuthorisedError | None:
+        """Meet a device at an address, and ask it for the run spec while that is unknown; its refusal."""
         try:
             if self.member is None:
                 await self._ask_for_spec(address)
             await self._run_known.wait()
+            if self.member is not None and self.member.renewal.unproved:
+                # The board swallows why a device does not answer.
+                assert self.transport is not None
+                await self.transport.connect(address)
+                await self.transport.prove(address.peer)
             if self.member is not None and await self.member.board.meet(address):
                 self.timings.done("discovery")
                 self._met.set()
                 self.member.session.record_bell.ring()
         except NotAuthorisedError as error:
-            await self._refused(error)
+            return error
         except P2PCollabError as error:
             log.info("address failed", address=str(address), reason=str(error))
+        return None
 
     async def _ask_for_spec(self, address: PeerAddress) -> None:
         assert self.transport is not None
@@ -313,7 +401,7 @@ class Node:
         """Give up when nobody of the run accepts the join code."""
         self.events.add("refused", str(error))
         await anyio.sleep(_REFUSED_AFTER_S)
-        if self.member is None:
+        if self.member is None or self.member.renewal.unproved:
             raise error
 
     async def _warn_when_alone(self) -> None:

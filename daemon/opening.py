@@ -6,8 +6,9 @@ import contextlib
 
 from pydantic import ValidationError
 
-from ..errors import NotAuthorisedError, PeerError, UsageError
-from ..run import JoinCode, RunSpec
+from ..errors import PeerError, UsageError
+from ..keys import device_id
+from ..run import DeviceId, JoinCode, RunSpec
 from .addresses import PeerAddress
 from .events import Event
 from .options import DaemonOptions
@@ -20,7 +21,6 @@ def open_run(options: DaemonOptions, store: Store) -> tuple[JoinCode, RunStore |
 
     Raises:
         UsageError: the options name no run.
-        NotAuthorisedError: the code is not that of the run which is stored here under its prefix.
         StorageError: the state folder refused.
     """
     if options.mode == "new":
@@ -40,13 +40,13 @@ def open_run(options: DaemonOptions, store: Store) -> tuple[JoinCode, RunStore |
     for run_id in store.runs():
         if run_id.startswith(code.run_prefix):
             known = store.open_run(run_id, code.secret)
-            if known.secret == code.secret:
-                return code, known
-            known.close()
-            raise NotAuthorisedError(
-                "the join code does not fit the run of the same name in this state folder",
-                "check the code, or use another state folder with --state",
-            )
+            if code.secret in known.rotation.retired:
+                # What this device has is newer.
+                return JoinCode.create(known.secret, known.run_id), known
+            if known.secret != code.secret:
+                # The secret may have changed while this device was away: the others will say.
+                known.try_secret(code.secret)
+            return code, known
     return code, None
 
 
@@ -82,6 +82,28 @@ def saved_addresses(run_store: RunStore | None) -> list[PeerAddress]:
         with contextlib.suppress(PeerError):
             addresses.append(PeerAddress.parse(str(text)))
     return addresses
+
+
+def saved_members(run_store: RunStore) -> list[bytes]:
+    """Public keys of the devices that have proved to be in the run."""
+    saved = run_store.meta().get("members")
+    keys = []
+    for device, fields in saved.items() if isinstance(saved, dict) else ():
+        with contextlib.suppress(ValueError):
+            key = bytes.fromhex(str(fields.get("key"))) if isinstance(fields, dict) else b""
+            if device_id(key) == device:
+                keys.append(key)
+    return keys
+
+
+def saved_names(run_store: RunStore) -> dict[DeviceId, str]:
+    """What these devices were called."""
+    saved = run_store.meta().get("members")
+    return {
+        DeviceId(device): str(fields["name"])
+        for device, fields in (saved.items() if isinstance(saved, dict) else ())
+        if isinstance(fields, dict) and fields.get("name")
+    }
 
 
 def saved_port(run_store: RunStore | None, host: str) -> int:

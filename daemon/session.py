@@ -83,6 +83,8 @@ class Session:
     counters: Counters
     #: This device's name for people.
     own_name: str = "this device"
+    #: Devices that were shut out of the run.
+    forgotten: frozenset[DeviceId] = frozenset()
     #: Names of devices for people, as their records give them.
     names: dict[DeviceId, str] = field(default_factory=dict)
     #: Rung when there may be something to train.

@@ -105,8 +105,8 @@ class ShardFiles:
         with self._lock:
             return frozenset(self._held)
 
-    def collect_garbage(self, keep: Set[str]) -> int:
-        """Remove the shards that are not in `keep`, and corrupt files; the number of bytes freed.
+    def collect_garbage(self, garbage: Set[str]) -> int:
+        """Remove these shards, and corrupt files; the number of bytes freed.
 
         Raises:
             StorageError: the disk refused.
@@ -114,7 +114,7 @@ class ShardFiles:
         freed = 0
         try:
             for path in self._folder.glob("??/*"):
-                if path.suffix == _SUFFIX and path.stem not in keep:
+                if path.suffix == _SUFFIX and path.stem in garbage:
                     self._forget(path.stem)
                 elif path.suffix != ".corrupt":
                     continue

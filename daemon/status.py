@@ -49,6 +49,7 @@ def status(node: Node) -> dict[str, Any]:
         "progress": _progress(session.spec, shards) if session else 0.0,
         "complete": session.coordinator.complete if session else False,
         "refused": refused(session) if session else [],
+        "board": _board(node),
         "counters": counters(session) if session else {},
         "timings": node.timings.to_status(),
         "warnings": sorted(set(session.warnings.values())) if session else [],
@@ -198,6 +199,16 @@ def _peers(session: Session) -> list[dict[str, Any]]:
             }
         )
     return rows
+
+
+def _board(node: Node) -> dict[str, int]:
+    """What comes from the network and stays in memory, whoever sent it: all of it is bounded."""
+    member, transport, discovery = node.member, node.transport, node.discovery
+    return {
+        **(member.board.held() if member else {"names": 0, "records": 0, "neighbours": 0}),
+        "addresses": len(transport.known_addresses) if transport else 0,
+        **(discovery.held() if discovery else {"announcements": 0, "mdns_records": 0}),
+    }
 
 
 def _address(record: DeviceRecord) -> str | None:

@@ -4,13 +4,13 @@
     p2pd.key       the same key for p2pd         api.json   where the daemon's API listens
     daemon.lock    held while a daemon runs
     runs/<first 16 digits of the run id>/
-        spec.json  secret (0600)
+        spec.json  secret  rotation                     secret: the one at joining; rotation: the later one
         ledger.sqlite  ledger.previous  headers/        see index.py
         shards/ab/<sha256>.safetensors                  see shard_files.py
 
-`identity.key`, `current`, `spec.json` and `secret` are in two copies each (see kept.py). A shard is written
-before the contribution that names it, so whatever the moment of a crash, a contribution in the index of its
-own author has its shard.
+`identity.key`, `current`, `spec.json`, `secret` and `rotation` are in two copies each (see kept.py). A shard
+is written before the contribution that names it, so whatever the moment of a crash, a contribution in the
+index of its own author has its shard.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ import platformdirs
 
 from ..errors import StorageError, UsageError
 from ..files import make_folder, remove, storage_error
+from ..rotation import RotationState, decode_state, encode_state
 from ..run import SECRET_BYTES, RunId
 from .index import Index, Value
 from .kept import KeptFile
@@ -163,7 +164,22 @@ class Store:
             held = secret
         if held is None or len(held) != SECRET_BYTES:
             raise StorageError(f"{file.path} is not the run's secret", _JOIN_AGAIN)
-        return RunStore(folder, run_id, spec, held, self._notices)
+        return RunStore(folder, run_id, spec, self._rotation(folder, run_id, held, secret), self._notices)
+
+    def _rotation(self, folder: Path, run_id: RunId, first: bytes, typed: bytes | None) -> RotationState:
+        """What came after the secret that the run was joined with.
+
+        Args:
+            typed: the secret of the join code, if it is at hand: it takes the place of what is damaged.
+        """
+        try:
+            kept = _rotation_file(folder).read(self._notices)
+            if kept is not None:
+                return decode_state(kept, run_id)
+        except StorageError:
+            if typed is None:
+                raise
+        return RotationState(run_id=run_id, secret=first)
 
     def runs(self) -> tuple[RunId, ...]:
         """The ids of all runs that this device knows; one whose spec is lost, its join code brings back.
@@ -215,6 +231,10 @@ def _spec_file(folder: Path) -> KeptFile:
     )
 
 
+def _rotation_file(folder: Path) -> KeptFile:
+    return KeptFile(folder / "rotation", fix=_JOIN_AGAIN)
+
+
 def _secret_file(folder: Path) -> KeptFile:
     return KeptFile(
         folder / "secret", fix=_JOIN_AGAIN, older=lambda raw: raw if len(raw) == SECRET_BYTES else None
@@ -228,15 +248,39 @@ class RunStore:
     rest is short enough for the event loop.
     """
 
-    def __init__(self, folder: Path, run_id: RunId, spec: bytes, secret: bytes, notices: list[str]) -> None:
+    def __init__(
+        self, folder: Path, run_id: RunId, spec: bytes, rotation: RotationState, notices: list[str]
+    ) -> None:
         self.folder = folder
         self.run_id = run_id
         #: Canonical bytes of the run spec.
         self.spec = spec
-        self.secret = secret
+        #: The run secret, and what is known of how it came to be.
+        self.rotation = rotation
+        #: It is from a join code, and is not what is stored here.
+        self.rotation_is_typed = False
         self._notices = notices
         self._shards = ShardFiles(folder / "shards")
         self._index = Index(folder, notices)
+
+    @property
+    def secret(self) -> bytes:
+        """The present run secret."""
+        return self.rotation.secret
+
+    def try_secret(self, secret: bytes) -> None:
+        """Go on with the secret of a join code; what is stored stays as it is until it has proved right."""
+        self.rotation = self.rotation.with_secret(secret)
+        self.rotation_is_typed = True
+
+    def keep_rotation(self, state: RotationState) -> None:
+        """Remember a run secret and its notice, durably.
+
+        Raises:
+            StorageError: they were not stored.
+        """
+        _rotation_file(self.folder).write(encode_state(state))
+        self.rotation = state
 
     def put_contribution(self, shard: str, device: str, encoded: bytes) -> None:
         """Store the newest contribution of a device to a shard, durably. Its own shard comes first.
@@ -286,13 +330,16 @@ class RunStore:
         """The digests of all shards held."""
         return self._shards.digests()
 
-    def collect_garbage(self, keep: Set[str]) -> int:
-        """Remove shards that are not in `keep`, which must name those being written; the bytes freed.
+    def collect_garbage(self, garbage: Set[str]) -> int:
+        """Remove these shards, and corrupt files; the bytes freed.
+
+        What is garbage must have been decided among the shards that were held at that moment: what has been
+        written since then is not named by any contribution yet.
 
         Raises:
             StorageError: the disk refused.
         """
-        return self._shards.collect_garbage(keep)
+        return self._shards.collect_garbage(garbage)
 
     def set_meta(self, values: Mapping[str, Value], *, durable: bool = True) -> None:
         """Store key/value pairs: all or none. Values are whatever JSON can hold.

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from .transport import Transport
 
 _BACKOFF_S: Final = (0.2, 1.0, 3.0, 10.0)
+_MOVED_WITHIN_S: Final = 20.0
 
 
 class P2pdKeeper:
@@ -38,6 +39,20 @@ class P2pdKeeper:
         self._trainer = trainer
         self._events = events
         self._relink = relink
+        self._moved = anyio.Event()
+        self._moving: str | None = None
+
+    async def move(self, text: str) -> None:
+        """Start p2pd anew, because the transport is to be elsewhere; return when it is, or after a while.
+
+        Args:
+            text: the event's, for people.
+        """
+        self._moving, self._moved = text, anyio.Event()
+        self._transport.died.set()
+        # If the new address is gone again, p2pd does not start, and the caller has to find another.
+        with anyio.move_on_after(_MOVED_WITHIN_S):
+            await self._moved.wait()
 
     async def guard(self) -> None:
         """Whoever outlives the daemon ends its p2pd: the trainer notices the daemon's death at once."""
@@ -51,12 +66,17 @@ class P2pdKeeper:
         failures = 0
         while True:
             await self._transport.died.wait()
-            self._events.add("p2pd-died", "p2pd ended; it is started again")
+            if self._moving is not None:
+                self._events.add("moved", self._moving)
+                self._moving = None
+            else:
+                self._events.add("p2pd-died", "p2pd ended; it is started again")
             try:
                 await self._transport.restart()
                 await self.guard()
                 await self._relink()
                 failures = 0
+                self._moved.set()
             except P2PCollabError as error:
                 # Whichever step failed: a p2pd that the board does not use is as good as none.
                 self._transport.died.set()

@@ -19,7 +19,7 @@ import secrets
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
-from typing import Any, Final, TypeVar
+from typing import Any, Final, Protocol, TypeVar
 
 from hivemind.p2p import P2P, P2PContext, P2PDaemonError, P2PHandlerError, PeerID
 from hivemind.p2p.p2p_daemon_bindings.datastructures import StreamInfo
@@ -27,7 +27,7 @@ from hivemind.utils.logging import use_hivemind_log_handler
 from hivemind.utils.multiaddr import Multiaddr
 
 from .. import limits
-from ..errors import NotAuthorisedError, P2PCollabError, PeerError, RunError
+from ..errors import NotAuthorisedError, P2PCollabError, PeerError, RunError, UsageError
 from ..files import write_atomic
 from ..keys import Identity, RunKeys
 from ..wire import (
@@ -62,9 +62,16 @@ from .p2pd import (
 #: Asks for nothing but the proof: requests are sealed against change, not against being read, so no other
 #: request leaves for a peer that has not answered or made one.
 _PROVE: Final = PREFIX + "prove"
+#: Asks for news of the run secret. Open to all members, whose peer id proves who they are: it is what a
+#: device asks that has missed a rotation, and cannot make any other request.
+_RENEW: Final = PREFIX + "renew"
+#: The same, between devices that share the run secret.
+_ROTATION: Final = PREFIX + "rotation"
 #: What a refusal starts with on the wire: hivemind sends the `repr` of a handler's exception.
 _REFUSED: Final = "p2pcollab refuses: "
 
+#: Why those are refused who know a run secret of before.
+_OLD_CODE: Final = "a device was shut out of the run since, and the join code is another one now"
 #: A link on a LAN takes milliseconds; a host that is gone answers nothing at all.
 _PROBE_S: Final = 1.5
 _CONNECT_S: Final = 4.0
@@ -73,6 +80,10 @@ CALL_S: Final = 8.0
 _P2PD_IDLE_S: Final = 15
 _START_S: Final = 20.0
 _STOP_S: Final = 3.0
+#: Cancelled calls that hivemind has kept are cleared away from this many on.
+_HANDLER_TASKS_MAX: Final = 256
+#: A request, its MAC, and what protobuf puts around it. hivemind lets strangers send 8 MiB.
+_P2PD_MESSAGE_BYTES_MAX: Final = limits.UNARY_BYTES_MAX + 4 * limits.KIB
 #: Calls in a row without an answer after which a link is taken for dead and made anew: a cut cable leaves TCP
 #: connections that hang for minutes, but one slow answer of a busy device must not cut its other streams.
 _SILENT_CALLS_MAX: Final = 2
@@ -82,6 +93,22 @@ _log = logging.getLogger(__name__)
 Request = TypeVar("Request", bound=Message)
 Reply = TypeVar("Reply", bound=Message)
 SealedHandler = Callable[[str, bytes], Awaitable[bytes]]
+
+
+class RenewalPort(Protocol):
+    """Who keeps the run secret up to date."""
+
+    def is_forgotten(self, peer: str) -> bool:
+        """Whether a device is shut out, whatever it knows."""
+
+    def may_ask(self, peer: str) -> bool:
+        """Whether a device may ask for news of the run secret, although it cannot prove that it knows it."""
+
+    async def answer(self, peer: str, body: bytes, *, proved: bool) -> bytes:
+        """Take a device's notice, and give our own if it is another one."""
+
+    async def renew(self, peer: str) -> bool:
+        """Compare notices with a device that refuses us, or is refused; whether it is worth another try."""
 
 
 class _Refused(Exception):
@@ -102,6 +129,10 @@ class SealedP2P(P2P):  # type: ignore[misc]  # hivemind has no types
     clock: Callable[[], float]
     #: Peers that have proved that they know the run secret.
     proved: set[str]
+    #: None until the run is known.
+    renewal: RenewalPort | None
+    #: What only knows earlier run secrets: to tell those who still use one.
+    retired: tuple[Authenticator, ...]
 
     async def begin(
         self, authenticator: Authenticator, counters: Counters, clock: Callable[[], float]
@@ -109,7 +140,15 @@ class SealedP2P(P2P):  # type: ignore[misc]  # hivemind has no types
         """Have everything sealed from now on. (`create` is hivemind's, and takes no arguments of ours.)"""
         self.authenticator, self.counters, self.clock = authenticator, counters, clock
         self.proved = set()
+        self.renewal, self.retired = None, ()
         await self.add_sealed_handler(_PROVE, _prove)
+        await self.add_sealed_handler(_ROTATION, self._answer_rotation)
+        await self._client.add_unary_handler(_RENEW, self._serve_renew)
+
+    def rekey(self, authenticator: Authenticator, retired: tuple[Authenticator, ...]) -> None:
+        """Prove another run secret from now on, and have everybody prove it anew."""
+        self.authenticator, self.retired = authenticator, retired
+        self.proved.clear()
 
     async def add_sealed_handler(self, name: str, handler: SealedHandler) -> None:
         """Answer `name` with what `handler(peer, body)` returns."""
@@ -117,11 +156,17 @@ class SealedP2P(P2P):  # type: ignore[misc]  # hivemind has no types
         async def serve(request: bytes, remote: PeerID) -> bytes:
             peer = remote.to_base58()
             self.counters.received(name, len(request))
+            if len(self._client.control._handler_tasks) > _HANDLER_TASKS_MAX:
+                self._forget_cancelled_tasks()
+            # The answer is proved like the request, even if the run secret changes in between.
+            authenticator = self.authenticator
             try:
-                body, nonce = self.authenticator.open_request(name, request, peer, self.clock())
+                if self.renewal is not None and self.renewal.is_forgotten(peer):
+                    raise NotAuthorisedError("this device was shut out of the run")
+                body, nonce = authenticator.open_request(name, request, peer, self.clock())
             except (PeerError, NotAuthorisedError) as error:
                 self.counters.refused += 1
-                raise _Refused(error.what) from None
+                raise _Refused(self._reason(error, name, request, peer)) from None
             self._trust(peer)
             try:
                 response = await handler(peer, body)
@@ -130,7 +175,7 @@ class SealedP2P(P2P):  # type: ignore[misc]  # hivemind has no types
                 raise
             if len(response) > limits.UNARY_BYTES_MAX:
                 raise _Refused(f"the answer has {len(response)} bytes")
-            sealed = self.authenticator.seal_response(name, response, peer, nonce)
+            sealed = authenticator.seal_response(name, response, peer, nonce)
             self.counters.sent(name, len(sealed))
             return sealed
 
@@ -146,19 +191,71 @@ class SealedP2P(P2P):  # type: ignore[misc]  # hivemind has no types
         if len(body) > limits.UNARY_BYTES_MAX:
             raise RunError(f"a request has {len(body)} bytes, more than {limits.UNARY_BYTES_MAX}")
         peer = remote.to_base58()
+        try:
+            return await self._call_once(remote, peer, name, body)
+        except NotAuthorisedError:
+            # One of the two may have missed that the run secret was changed.
+            self.proved.discard(peer)
+            if self.renewal is None or not await self.renewal.renew(peer):
+                raise
+        return await self._call_once(remote, peer, name, body)
+
+    async def _call_once(self, remote: PeerID, peer: str, name: str, body: bytes) -> bytes:
+        authenticator = self.authenticator
         if peer not in self.proved and name != _PROVE:
-            await self.call_sealed(remote, _PROVE, b"")
+            await self._call_once(remote, peer, _PROVE, b"")
         nonce = secrets.token_bytes(NONCE_BYTES)
-        request = self.authenticator.seal_request(name, body, peer, self.clock(), nonce)
+        request = authenticator.seal_request(name, body, peer, self.clock(), nonce)
+        response = await self._call(remote, name, request)
+        opened = authenticator.open_response(name, response, peer, nonce)
+        if authenticator is self.authenticator:
+            self._trust(peer)
+        return opened
+
+    async def _call(self, remote: PeerID, name: str, request: bytes) -> bytes:
         self.counters.sent(name, len(request))
         try:
             response: bytes = await self._client.call_unary_handler(remote, name, request)
         except P2PHandlerError as error:
-            raise _from_handler_error(peer, str(error)) from error
+            raise _from_handler_error(remote.to_base58(), str(error)) from error
         self.counters.received(name, len(response))
-        opened = self.authenticator.open_response(name, response, peer, nonce)
-        self._trust(peer)
-        return opened
+        return response
+
+    # The run secret's rotation
+
+    async def call_renew(self, remote: PeerID, notice: bytes) -> bytes:
+        """What a member answers to our notice: its own if it is another one. Neither holds anything secret.
+
+        Raises:
+            NotAuthorisedError: this device is no member to it.
+            P2PDaemonError: no answer came.
+            PeerError: the answer is too long.
+        """
+        response = await self._call(remote, _RENEW, notice)
+        if len(response) > limits.NOTICE_BYTES_MAX:
+            raise PeerError(f"a notice of {len(response)} bytes is longer than any")
+        return response
+
+    async def _serve_renew(self, request: bytes, remote: PeerID) -> bytes:
+        peer = remote.to_base58()
+        self.counters.received(_RENEW, len(request))
+        if self.renewal is None or not self.renewal.may_ask(peer) or len(request) > limits.NOTICE_BYTES_MAX:
+            self.counters.refused += 1
+            raise _Refused("this device is no member of the run")
+        response = await self.renewal.answer(peer, request, proved=False)
+        self.counters.sent(_RENEW, len(response))
+        return response
+
+    async def _answer_rotation(self, peer: str, body: bytes) -> bytes:
+        if self.renewal is None:
+            raise RefusalError("not-ready", "this device only just starts")
+        return await self.renewal.answer(peer, body, proved=True)
+
+    def _reason(self, error: P2PCollabError, name: str, request: bytes, peer: str) -> str:
+        """What a caller who is refused is told: who knows an earlier secret has made no typing error."""
+        if any(earlier.made_by(name, request, peer) for earlier in self.retired):
+            return _OLD_CODE
+        return error.what
 
     def _trust(self, peer: str) -> None:
         # Bounded: who knows the secret can invent devices.
@@ -223,7 +320,9 @@ def _from_handler_error(peer: str, text: str) -> Exception:
         reason = ErrorReply.create("refused", text.split(_REFUSED, 1)[1]).text
         return NotAuthorisedError(
             f"{_short(peer)} refuses our join code: {reason}",
-            "check the join code, and the clocks of both devices",
+            "get the new one with `p2pcollab code` on a device that is in the run"
+            if reason == _OLD_CODE
+            else "check the join code, and the clocks of both devices",
         )
     failed: Exception = P2PDaemonError(ErrorReply.create("failed", text).text)
     return failed
@@ -258,6 +357,8 @@ class Transport:
         self.died = asyncio.Event()
         self._identity = identity
         self._authenticator = Authenticator(keys, identity.peer_id)
+        self._retired: tuple[Authenticator, ...] = ()
+        self._renewal: RenewalPort | None = None
         self._handlers = handlers
         self._folder = folder
         self._port = port
@@ -298,6 +399,7 @@ class Transport:
                 use_relay=False,
                 idle_timeout=_P2PD_IDLE_S,
                 startup_timeout=_START_S,
+                persistent_conn_max_msg_size=_P2PD_MESSAGE_BYTES_MAX,
             )
         except (P2PDaemonError, OSError) as error:
             remove_socket_folder(self._sockets)
@@ -306,6 +408,7 @@ class Transport:
             ) from error
         assert p2p.peer_id.to_base58() == self.peer_id
         await p2p.begin(self._authenticator, self.counters, self._clock)
+        p2p.renewal, p2p.retired = self._renewal, self._retired
         self._port = int((await p2p.get_visible_maddrs())[0]["tcp"])
         P2pdMark.of(p2p._child.pid, self._sockets).write(self._mark_path)
         self.died = asyncio.Event()
@@ -321,6 +424,21 @@ class Transport:
         await self.stop()
         self.counters.p2pd_restarts += 1
         await self.start()
+
+    def move(self, interface: Interface, *, port: int) -> None:
+        """Be at another address from the next `restart` on.
+
+        Args:
+            port: TCP port to listen on there; 0 keeps the present one if it is free there.
+        """
+        self.interface = interface
+        if port:
+            self._port = port
+            return
+        try:
+            check_port_is_free(interface.address, self._port)
+        except UsageError:
+            self._port = 0
 
     async def stop(self) -> None:
         """End p2pd and leave nothing of it behind."""
@@ -382,6 +500,59 @@ class Transport:
         await p2p.ended()
         died.set()
 
+    # The run secret
+
+    def follow(self, renewal: RenewalPort, retired: Sequence[RunKeys]) -> None:
+        """Have the run secret kept up to date; `retired`: of earlier ones."""
+        self._renewal = renewal
+        self._retired = tuple(Authenticator(earlier, self.peer_id) for earlier in retired)
+        if self._p2p is not None:
+            self._p2p.renewal, self._p2p.retired = renewal, self._retired
+
+    async def prove(self, peer: str) -> None:
+        """See whether a device shares the run secret.
+
+        Raises:
+            NotAuthorisedError: it does not.
+            UnreachableError, PeerError: it does not answer, or not so.
+        """
+        await self.link(peer)
+        await self._within(peer, self.p2p.call_sealed(PeerID.from_base58(peer), _PROVE, b""))
+
+    def rekey(self, keys: RunKeys, retired: Sequence[RunKeys]) -> None:
+        """Use another run secret from now on. Calls that are being answered end under the one before."""
+        self._authenticator = Authenticator(keys, self.peer_id)
+        self._retired = tuple(Authenticator(earlier, self.peer_id) for earlier in retired)
+        # Whoever was shut out may hold one; the others ask again.
+        self._tickets.clear()
+        if self._p2p is not None:
+            self._p2p.rekey(self._authenticator, self._retired)
+
+    async def renew(self, peer: str, notice: bytes) -> bytes:
+        """Give a member our notice, which need not share the run secret; its own if that is another one.
+
+        Raises:
+            UnreachableError, NotAuthorisedError, PeerError: it does not answer, or not so.
+        """
+        await self.link(peer)
+        return await self._within(peer, self.p2p.call_renew(PeerID.from_base58(peer), notice))
+
+    async def rotation(self, peer: str, notice: bytes) -> bytes:
+        """The same with a device that does.
+
+        Raises:
+            UnreachableError, NotAuthorisedError, PeerError: it does not answer, or not so.
+        """
+        await self.link(peer)
+        remote = PeerID.from_base58(peer)
+        return await self._within(peer, self.p2p.call_sealed(remote, _ROTATION, notice))
+
+    async def _within(self, peer: str, answer: Awaitable[bytes]) -> bytes:
+        try:
+            return await asyncio.wait_for(answer, CALL_S)
+        except (asyncio.TimeoutError, P2PDaemonError) as error:
+            raise UnreachableError(f"{_short(peer)} does not answer") from error
+
     # Links
 
     async def connect(self, address: PeerAddress) -> None:
@@ -440,6 +611,13 @@ class Transport:
         """Trust a link no longer, because a call over it was not answered: the next one looks first."""
         self._silent_calls[peer] = self._silent_calls.get(peer, 0) + 1
         self._linked.discard(peer)
+
+    async def refuses(self, peer: str) -> bool:
+        """Whether a peer's host is there, and says that nobody listens at any of the peer's addresses."""
+        if not self.book.proven(peer):
+            # Where this device never got in, being turned away says nothing: a firewall may refuse, too.
+            return False
+        return all(await asyncio.gather(*(_refused(address) for address in self.book.of(peer))))
 
     async def peers(self) -> tuple[str, ...]:
         """Peer ids that there is a link to, as p2pd sees it: strangers, too."""
@@ -559,6 +737,17 @@ def _answering(kind: type[Request], handler: Callable[[str, Request], Awaitable[
             return error_reply(error).encode()
 
     return answer
+
+
+async def _refused(address: PeerAddress) -> bool:
+    try:
+        _, writer = await asyncio.wait_for(asyncio.open_connection(address.host, address.port), _PROBE_S)
+    except ConnectionRefusedError:
+        return True
+    except (OSError, asyncio.TimeoutError):
+        return False
+    writer.close()
+    return False
 
 
 def _without_peer(address: PeerAddress) -> str:

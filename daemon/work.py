@@ -7,6 +7,7 @@ makes contributions of the result. A lease that comes to nothing is released, an
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import time
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
@@ -90,6 +91,8 @@ class Worker:
         self._seed = session.random.getrandbits(31)
         #: The lease in training.
         self.progress: Progress | None = None
+        #: Digests of shards that a contribution is about to name: no garbage, though none does yet.
+        self.storing: set[str] = set()
 
     async def run(self) -> None:
         """Train until `stop`."""
@@ -237,6 +240,7 @@ class Worker:
             trained = outcome.shards[job.shard]
             # The shard before the contribution that names it: whatever the moment of a crash, no entry of
             # this device lacks its tensors.
+            self.storing.add(await asyncio.to_thread(_digest, trained.data))
             digest = await self._stored(partial(asyncio.to_thread, session.store.put_shard, trained.data))
             made.append(
                 sign_contribution(
@@ -254,6 +258,7 @@ class Worker:
                 )
             )
         await self._stored(partial(self._enter, made))
+        self.storing.clear()
         session.coordinator.finished(session.clock())
         session.counters.contributions += len(made)
         session.events.add(
@@ -307,3 +312,7 @@ class Worker:
                 )
         except StorageError as error:
             session.warn("index", str(error))
+
+
+def _digest(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()

@@ -225,6 +225,8 @@ class _Hand:
         self.slots = slots(workers, sum(shard != STEM for shard in self.need)) if workers else {}
         slow = STRAGGLER_SPEED * statistics.median(view.speed for view in workers) if workers else 0.0
         self.stragglers = frozenset(view.device for view in workers if view.speed < slow)
+        #: Those for which nobody waits.
+        self.slack = self.stragglers | {view.device for view in workers if view.overdue}
         self.eligible = {shard: eligible(spec, shard, workers) for shard in self.need}
         self.holders = {
             shard: {
@@ -343,7 +345,7 @@ class _Hand:
             return False
         if shard == STEM:
             # The gate waits for the stem: a slow device trains it only where no other works.
-            if given or (device in self.stragglers and self.eligible[STEM] - self.stragglers):
+            if given or (device in self.stragglers and self.eligible[STEM] - self.slack):
                 return False
         elif len(given) >= self.slots[device]:
             return False

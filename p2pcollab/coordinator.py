@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import enum
 import random
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from typing import Final
 
@@ -101,7 +101,7 @@ class Coordinator:
             lease_samples_max=spec.schedule.lease_samples + spec.schedule.batch_size,
             patience_s=settings.replication.write_off_s,
         )
-        self._presence = Presence(device, settings.lease_term_s)
+        self._presence = Presence(device, settings.silence_s)
         self._holdings = Holdings(device, settings.replication)
         self._beat = self._sequence = first_beat
         self._phase = _Phase.IDLE
@@ -120,7 +120,7 @@ class Coordinator:
     # --- the board ---
 
     def observe_board(self, records: Sequence[BoardRecord], now: float) -> None:
-        """Take in one reading of the board."""
+        """Take in one reading of the board, which began at `now`."""
         for record in records:
             if record.device == self.device and record.beat > self._beat:
                 self.foreign_beats += 1
@@ -129,6 +129,10 @@ class Coordinator:
         self._presence.observe(records[: limits.DEVICES_MAX], now)
         self._believe(now)
 
+    def hear(self, records: Sequence[BoardRecord], now: float) -> None:
+        """Take in records of other devices that came by another way than a reading of the board."""
+        self._presence.hear(records[: limits.DEVICES_MAX], now)
+
     def live(self, now: float) -> tuple[DeviceId, ...]:
         """The devices that are alive, this one included, sorted."""
         return tuple(sorted({self.device, *self._presence.live(now)}))
@@ -136,6 +140,14 @@ class Coordinator:
     def sightings(self, now: float) -> tuple[Sighting, ...]:
         """The other devices as they were last seen, for people."""
         return self._presence.sightings(now)
+
+    def silent(self, longer_than_s: float, now: float) -> tuple[DeviceId, ...]:
+        """Devices that count as alive although nothing was heard of them for so long."""
+        return self._presence.silent(longer_than_s, now)
+
+    def found_dead(self, device: DeviceId) -> None:
+        """A device's own host says that its daemon is gone: its leases are free at once."""
+        self._presence.found_dead(device)
 
     def record_fields(self) -> RecordFields:
         """What to publish now; each call is a new beat."""
@@ -265,6 +277,20 @@ class Coordinator:
             class_counts=tuple(record.class_counts) if record is not None else None,
         )
 
+    def forget(self, devices: Collection[DeviceId]) -> None:
+        """Devices were shut out of the run: their leases are vacant, and their contributions leave the
+        ledger.
+
+        What others have built on a contribution stays, with its samples; one that nobody has built on yet is
+        lost. So all devices drop the same, whatever each had heard before it heard of this.
+        """
+        self._presence.drop(devices)
+        gone = [entry for entry in self._ledger.entries.values() if entry.device in devices]
+        for entry in gone:
+            self._ledger = self._ledger.without(entry)
+        for entry in [entry for entry in self._believed.entries.values() if entry.device in devices]:
+            self._believed = self._believed.without(entry)
+
     # --- work ---
 
     @property
@@ -283,14 +309,14 @@ class Coordinator:
             return None
         if self._idle_since is None:
             self._idle_since = now
-            self._patience_s = self.settings.lease_term_s / 2 * (1 + self._rng.random())
+            self._patience_s = self.settings.silence_s / 2 * (1 + self._rng.random())
         views = self._views(now)
         waited_s = now - self._idle_since
         if waited_s > HOPELESS * self._patience_s:
             views = [view for view in views if view.leases or view.device == self.device]
         alone = self.device if waited_s > self._patience_s else None
         shards = allotment.allot(self.spec, views, self._shard_views(), only=alone).get(self.device, ())
-        if now - observing_since < self.settings.lease_term_s / 2:
+        if now - observing_since < self.settings.silence_s / 2:
             # Devices with better data may be there already, and not be seen yet.
             shards = tuple(shard for shard in shards if allotment.suited(self.spec, shard, views[0]))
         if not shards:
@@ -523,6 +549,16 @@ class Coordinator:
     def refused(self, digest: str, device: DeviceId, now: float) -> None:
         """A device answered that it does not hold a digest. When all have, a lease goes on without it."""
         self._holdings.refuse(digest, device, now)
+
+    def remembered(self) -> Mapping[str, int]:
+        """How much of each kind is kept in memory: all of it is bounded by devices times shards."""
+        replaced, digests = self._holdings.remembered()
+        return {
+            "entries": len(self._ledger),
+            "replaced": replaced,
+            "digests": digests,
+            "devices": len(self._presence),
+        }
 
     def keep(self) -> frozenset[str]:
         """Digests that must not be thrown away: frontiers, what came before them, and the lease's parents."""

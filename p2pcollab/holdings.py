@@ -66,7 +66,9 @@ class Holdings:
         self._noticed_at: dict[str, float] = {}
         self._missing_since: dict[str, float] = {}
         self._refused: dict[str, dict[DeviceId, float]] = {}
+        #: Of each digest the live devices by their weight, and whether its quota of replicas names this one.
         self._ranked: dict[str, list[DeviceId]] = {}
+        self._chosen: dict[str, bool] = {}
         self._ranked_among: frozenset[DeviceId] = frozenset()
 
     def notice(self, contribution: Contribution, replaced: Contribution | None, now: float) -> None:
@@ -83,11 +85,17 @@ class Holdings:
         self._missing_since.pop(digest, None)
         self._refused.pop(digest, None)
         self._ranked.pop(digest, None)
+        self._chosen.pop(digest, None)
 
     def restore(self, contribution: Contribution) -> Contribution | None:
         """A contribution has left the ledger: the one that it had replaced."""
         self._forget(contribution.tensors_digest)
         return self._replaced.pop(contribution.key, None)
+
+    def remembered(self) -> tuple[int, int]:
+        """Contributions that were replaced, and the digests about which most is known."""
+        known = max(len(self._noticed_at), len(self._missing_since), len(self._refused))
+        return len(self._replaced), max(known, len(self._ranked), len(self._chosen))
 
     def refuse(self, digest: str, device: DeviceId, now: float) -> None:
         """A device has answered that it does not hold a digest."""
@@ -178,10 +186,14 @@ class Holdings:
         ranked = [device for device in self._rank(entry.tensors_digest, live) if device in askable]
         return tuple(sorted(ranked, key=lambda device: device != entry.device))
 
-    def _rank(self, digest: str, live: AbstractSet[DeviceId]) -> list[DeviceId]:
+    def _rank_among(self, live: AbstractSet[DeviceId]) -> None:
         if live != self._ranked_among:
             self._ranked_among = frozenset(live)
             self._ranked.clear()
+            self._chosen.clear()
+
+    def _rank(self, digest: str, live: AbstractSet[DeviceId]) -> list[DeviceId]:
+        self._rank_among(live)
         if digest not in self._ranked:
             self._ranked[digest] = rendezvous(digest, live)
         return self._ranked[digest]
@@ -191,12 +203,17 @@ class Holdings:
     ) -> list[Contribution]:
         """Contributions of the frontiers that this device should keep a replica of."""
         mature = now - self._settings.replicate_after_s
-        return [
-            entry
-            for shard in shards
-            for entry in ledger.frontier(shard)
-            if self._noticed_at.get(entry.tensors_digest, now) <= mature and self._in_quota(entry, live)
-        ]
+        self._rank_among(live)
+        chosen = []
+        for shard in shards:
+            for entry in ledger.frontier(shard):
+                if self._noticed_at.get(entry.tensors_digest, now) <= mature:
+                    in_quota = self._chosen.get(entry.tensors_digest)
+                    if in_quota is None:
+                        in_quota = self._chosen[entry.tensors_digest] = self._in_quota(entry, live)
+                    if in_quota:
+                        chosen.append(entry)
+        return chosen
 
     def _in_quota(self, entry: Contribution, live: AbstractSet[DeviceId]) -> bool:
         if self._settings.replicate_all:

@@ -88,7 +88,7 @@ class Contribution:
 class _Entries:
     """The newest contributions to one shard, with what follows from them, computed once."""
 
-    __slots__ = ("_frontier", "_marks", "_root", "_seen", "by_device")
+    __slots__ = ("_frontier", "_generation", "_marks", "_root", "_samples", "_seen", "by_device")
 
     def __init__(self, by_device: dict[DeviceId, Contribution]) -> None:
         self.by_device = by_device
@@ -96,6 +96,8 @@ class _Entries:
         self._marks: dict[DeviceId, Mark] | None = None
         self._root: bytes | None = None
         self._seen: dict[DeviceId, int] | None = None
+        self._samples: int | None = None
+        self._generation: int | None = None
 
     def frontier(self) -> tuple[Contribution, ...]:
         if self._frontier is None:
@@ -121,6 +123,16 @@ class _Entries:
         if self._seen is None:
             self._seen = joined_seen(self.frontier())
         return self._seen
+
+    def samples(self) -> int:
+        if self._samples is None:
+            self._samples = sum(self.seen().values())
+        return self._samples
+
+    def generation(self) -> int:
+        if self._generation is None:
+            self._generation = max((entry.generation for entry in self.frontier()), default=0)
+        return self._generation
 
 
 _NONE: Final = _Entries({})
@@ -215,11 +227,11 @@ class Ledger:
 
     def samples(self, shard: ShardId) -> int:
         """Samples that a shard has seen, none counted twice."""
-        return sum(self.seen(shard).values())
+        return self._shards.get(shard, _NONE).samples()
 
     def generation(self, shard: ShardId) -> int:
         """The newest generation of a shard; 0 if nobody has trained it."""
-        return max((entry.generation for entry in self.frontier(shard)), default=0)
+        return self._shards.get(shard, _NONE).generation()
 
     def progress(self, shard: ShardId, spec: RunSpec) -> float:
         """Samples seen over the shard's budget, 0..1."""

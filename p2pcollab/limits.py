@@ -111,3 +111,17 @@ ERROR_TEXT_CHARS_MAX: Final = 200
 ADDRESS_BOOK_PEERS_MAX: Final = 2 * DEVICES_MAX
 #: Announcements found by zeroconf and not yet looked at; the next query brings what was dropped again.
 ANNOUNCEMENTS_MAX: Final = 256
+#: Devices that a run has shut out, ever. Need: a lost laptop, a friend who moved away.
+FORGOTTEN_MAX: Final = 256
+#: A rotation notice: a key and a box for each of 256 devices, and the ids of 256 forgotten ones.
+NOTICE_BYTES_MAX: Final = 32 * KIB
+#: How many rotations a device can have missed. Stops: an epoch after which there is none.
+EPOCHS_AHEAD_MAX: Final = 1000
+#: Run secrets of before that are recognised. Each costs one MAC more for every request of a stranger.
+RETIRED_SECRETS_MAX: Final = 4
+#: Kinds of things that mDNS has told and zeroconf keeps until they expire, up to 75 minutes. Need: five for
+#: each of DEVICES_MAX, and what else is announced on a LAN. Stops: a flood of announcements that fills
+#: memory.
+MDNS_RECORDS_MAX: Final = 8192
+#: Announced addresses tried at a time; each takes a few seconds at worst.
+ADDRESSES_TRIED_AT_ONCE: Final = 32

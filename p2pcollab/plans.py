@@ -13,13 +13,24 @@ from .run import DeviceId, ShardId
 class CoordinatorSettings:
     """The knobs of one device; devices of a run may differ in them."""
 
-    #: A device is taken for dead when its beat has not risen for this long. Shorter: work is taken over
-    #: sooner. Longer: fewer false alarms. At least four beats.
-    lease_term_s: float = 8.0
+    #: A device that stands still for less keeps its leases. Shorter: work is taken over sooner. Longer: fewer
+    #: false alarms.
+    lease_term_s: float = 3.0
+    #: How often devices show a new beat.
+    beat_s: float = 2.0
     #: Devices to exchange ledgers with in a round. Each costs one message pair per round; the rounds that
     #: news needs shrink with its logarithm.
     gossip_fanout: int = 2
     replication: ReplicationSettings = field(default_factory=ReplicationSettings)
+
+    @property
+    def silence_s(self) -> float:
+        """A device is taken for dead when its beat has not been seen to rise for this long.
+
+        The lease's term and two beats: a device can stand still just before its next beat is due, and the
+        board may take most of another beat to show what it is given.
+        """
+        return self.lease_term_s + 2 * self.beat_s
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -355,6 +355,13 @@ class Authenticator:
         self._replays.admit(sender_peer_id, nonce, time_ms, now)
         return covered[_TIME.size + NONCE_BYTES :], nonce
 
+    def made_by(self, method: str, data: bytes, sender_peer_id: str) -> bool:
+        """Whether a request was made by its sender under this run secret, whenever that was."""
+        if not _REQUEST_OVERHEAD <= len(data) <= _REQUEST_OVERHEAD + limits.UNARY_BYTES_MAX:
+            return False
+        expected = self._mac(_REQUEST_DOMAIN, method, sender_peer_id.encode(), self._own, data[_MAC_BYTES:])
+        return hmac.compare_digest(data[:_MAC_BYTES], expected)
+
     def seal_response(self, method: str, body: bytes, receiver_peer_id: str, nonce: bytes) -> bytes:
         """The bytes of the response to the request with this nonce."""
         assert len(body) <= limits.UNARY_BYTES_MAX

@@ -109,12 +109,20 @@ async def devices(
             await device.board.start()
         if meet:
             for device in made[1:]:
-                assert await device.board.meet(made[0].transport.address)
+                await introduce(device, made[0])
         yield made
     finally:
         for device in made:
             await device.board.stop()
             await device.transport.stop()
+
+
+async def introduce(one: Device, other: Device, deadline_s: float = 45.0) -> None:
+    """Have two devices meet. A call that takes longer than its deadline, on a busy machine, is made again."""
+    end = time.monotonic() + deadline_s
+    while not await one.board.meet(other.transport.address):
+        assert time.monotonic() < end, "the devices did not meet"
+        await asyncio.sleep(0.1)
 
 
 async def until(condition: Callable[[], bool], deadline_s: float = 10.0) -> None:

@@ -21,7 +21,7 @@ from p2pcollab.daemon.api import ApiServer
 from p2pcollab.daemon.api_client import ApiClient, find_daemon
 from p2pcollab.daemon.events import Event, EventLog
 from p2pcollab.daemon.model_file import ModelFile
-from p2pcollab.errors import ExitCode, IncompleteError, NotRunningError, P2PCollabError
+from p2pcollab.errors import ExitCode, IncompleteError, NotRunningError, P2PCollabError, UsageError
 
 T = TypeVar("T")
 
@@ -60,6 +60,11 @@ class FakeNode:
 
     def leave(self) -> None:
         self.left = True
+
+    async def forget(self, device: str) -> dict[str, Any]:
+        if device == "nobody":
+            raise UsageError("no device of this run is called 'nobody'", "these are known: pi")
+        return {"device": "ab" * 16, "name": device, "join_code": "P2P-NEW"}
 
     async def assemble(self) -> ModelFile:
         if self.failure:
@@ -113,6 +118,18 @@ def test_client_sees_what_the_node_says(tmp_path: Path) -> None:
 
     serve(tmp_path, work, node)
     assert node.left
+
+
+def test_a_device_is_forgotten_by_name_and_an_unknown_one_is_the_callers_error(tmp_path: Path) -> None:
+    def work() -> None:
+        with ApiClient(tmp_path) as client:
+            assert client.forget("pi") == {"device": "ab" * 16, "name": "pi", "join_code": "P2P-NEW"}
+            with pytest.raises(UsageError, match="nobody"):
+                client.forget("nobody")
+        for body in ({}, {"device": ""}, {"device": "x" * 200}, {"device": 1}):
+            assert ask(tmp_path, "/v1/forget", "POST", json=body).status_code == 422
+
+    serve(tmp_path, work)
 
 
 def test_address_file_is_private_and_goes_with_the_server(tmp_path: Path) -> None:

@@ -16,9 +16,9 @@ from hivemind.utils import MSGPackSerializer
 from loopback import NAME, Device, devices, fresh_keys
 
 from p2pcollab import limits
-from p2pcollab.daemon.board import RECORD_TTL_S, expiry
 from p2pcollab.errors import PeerError
 from p2pcollab.keys import Identity
+from p2pcollab.presence import RECORD_TTL_S, record_expiry
 from p2pcollab.records import BOARD_DEVICES, seal_record
 
 
@@ -117,7 +117,9 @@ def test_beats_rise_whatever_the_clock_does(tmp_path: Path) -> None:
     beats += [device.board.next_beat() for _ in range(3)]
     assert beats == sorted(set(beats))
     now -= 2 * limits.CLOCK_SKEW_S_MAX
-    assert expiry(device.board.next_beat()) == now + RECORD_TTL_S, "others would refuse a record so far ahead"
+    assert record_expiry(device.board.next_beat()) == now + RECORD_TTL_S, (
+        "others would refuse a record so far ahead"
+    )
 
 
 def test_an_observer_sees_and_is_not_relied_on(tmp_path: Path) -> None:
@@ -159,11 +161,11 @@ def test_an_insider_stores_nothing_but_records_of_their_authors(tmp_path: Path) 
             key, target = DHTID.generate(keys.board_name(BOARD_DEVICES)), victim.identity.device
             mine = insider.record(name="mine")
             sealed = MSGPackSerializer.dumps(seal_record(keys, insider.identity, mine))
-            own, until = insider.identity.device, expiry(mine.beat)
+            own, until = insider.identity.device, record_expiry(mine.beat)
             old_value = MSGPackSerializer.dumps(old_sealed)
 
             assert not await _store(insider, victim, key, target, sealed, until), "in another's name"
-            assert not await _store(insider, victim, key, target, old_value, expiry(old.beat) + 60), (
+            assert not await _store(insider, victim, key, target, old_value, record_expiry(old.beat) + 60), (
                 "replayed"
             )
             assert not await _store(insider, victim, key, own, sealed, until + 1), "valid for longer"
@@ -226,7 +228,9 @@ def test_invented_devices_stop_at_the_limit(tmp_path: Path, monkeypatch: pytest.
                 invented = Identity.create()
                 record = insider.record(device=invented.device)
                 sealed = MSGPackSerializer.dumps(seal_record(keys, invented, record))
-                accepted += await _store(insider, victim, key, record.device, sealed, expiry(record.beat))
+                accepted += await _store(
+                    insider, victim, key, record.device, sealed, record_expiry(record.beat)
+                )
             assert accepted == 4
             assert len(await victim.names()) == 5
             with pytest.raises(PeerError, match="devices already"):

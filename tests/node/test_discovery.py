@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from zeroconf import IPVersion, ServiceStateChange
+from zeroconf import DNSPointer, IPVersion, ServiceStateChange
 from zeroconf.asyncio import AsyncServiceBrowser, AsyncServiceInfo, AsyncZeroconf
 
 from p2pcollab import limits
@@ -266,3 +266,30 @@ def test_an_announcement_is_a_finding_or_a_peer_error_and_nothing_else(text: Any
     assert LAN.may_reach(found.address.host)
     assert 0 < found.address.port < 65536
     assert found.name.isprintable()
+
+
+def test_a_flood_of_announcements_does_not_fill_memory() -> None:
+    """zeroconf keeps whatever anybody announces for as long as it was told to, however much that is."""
+
+    async def run() -> None:
+        discovery = Discovery(LOOPBACK, PEER)
+        await discovery.start()
+        try:
+            assert discovery._zeroconf is not None
+            cache = discovery._zeroconf.zeroconf.cache
+            flood = [
+                DNSPointer(SERVICE, 12, 1, 4500, f"{number:x}.{SERVICE}")
+                for number in range(limits.MDNS_RECORDS_MAX + 100)
+            ]
+            cache.async_add_records(flood)
+            assert discovery.held()["mdns_records"] > limits.MDNS_RECORDS_MAX
+
+            async def emptied() -> None:
+                while discovery.held()["mdns_records"] > limits.MDNS_RECORDS_MAX:  # noqa: ASYNC110
+                    await asyncio.sleep(0.05)
+
+            await asyncio.wait_for(emptied(), 10)
+        finally:
+            await discovery.stop()
+
+    asyncio.run(run())

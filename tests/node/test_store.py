@@ -22,6 +22,8 @@ import pytest
 from p2pcollab import files, limits
 from p2pcollab.daemon.store import RunStore, Store
 from p2pcollab.errors import StorageError, UsageError
+from p2pcollab.keys import Identity
+from p2pcollab.rotation import RotationState, adopt, forget
 from p2pcollab.run import RunId
 
 SPEC = b'{"name":"the store does not parse it"}'
@@ -303,10 +305,12 @@ def test_shard_on_a_bad_sector_is_told_and_missing(run: RunStore, monkeypatch: p
     assert run.get_shard(digest) == b"good bytes"
 
 
-def test_garbage_collection_keeps_what_it_is_told_to(run: RunStore) -> None:
+def test_garbage_collection_removes_what_it_is_told_to(run: RunStore) -> None:
     keep, drop = run.put_shard(b"keep"), run.put_shard(b"drop it")
-    assert run.collect_garbage({keep}) == len(b"drop it")
-    assert run.digests() == {keep}
+    garbage = run.digests() - {keep}
+    written_since = run.put_shard(b"what a contribution is about to name")
+    assert run.collect_garbage(garbage) == len(b"drop it")
+    assert run.digests() == {keep, written_since}
     assert run.get_shard(keep) == b"keep"
     assert run.get_shard(drop) is None
 
@@ -581,3 +585,44 @@ def test_process_killed_at_any_moment_loses_at_most_the_lease_in_progress(tmp_pa
         run.close()
         store.close()
         before = stored
+
+
+def _rotated() -> RotationState:
+    """The run after a device was shut out."""
+    own, other = Identity.from_bytes(b"1" * 32), Identity.from_bytes(b"2" * 32)
+    before = RotationState(run_id=RUN_ID, secret=SECRET).with_members([own.public_key, other.public_key])
+    notice = forget(before, own, [other.device], secret=b"the next secret!", ephemeral_seed=b"e" * 32)
+    return adopt(before, notice, b"the next secret!")
+
+
+def test_a_new_run_secret_outlives_restarts_and_the_damage_of_one_copy(store: Store, run: RunStore) -> None:
+    state = _rotated()
+    run.keep_rotation(state)
+    run.close()
+    path = run.folder / "rotation"
+    assert path.stat().st_mode & 0o777 == 0o600
+    for damaged in (None, path, path.with_name("rotation.copy")):
+        if damaged is not None:
+            damaged.write_bytes(flipped(damaged.read_bytes(), 3))
+        again = store.open_run(RUN_ID)
+        assert (again.secret, again.rotation.notice) == (state.secret, state.notice)
+        assert again.rotation.retired == (SECRET,)
+        again.close()
+
+
+def test_a_run_secret_that_is_damaged_in_both_copies_is_refused_until_the_code_is_given(
+    store: Store, run: RunStore
+) -> None:
+    run.keep_rotation(_rotated())
+    run.close()
+    damage(run.folder / "rotation")
+    with pytest.raises(StorageError, match="join the run again with its join code"):
+        store.open_run(RUN_ID)
+    again = store.open_run(RUN_ID, b"the next secret!")
+    # The first one; the code that was given takes its place as soon as a device of the run accepts it.
+    assert again.secret == SECRET
+    again.try_secret(b"the next secret!")
+    assert again.secret == b"the next secret!"
+    again.close()
+    with pytest.raises(StorageError):
+        store.open_run(RUN_ID)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import secrets
+import uuid
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from hivemind.dht.node import DHTNode
 from hivemind.dht.routing import DHTID
 from hivemind.dht.storage import DictionaryDHTValue
 from hivemind.p2p import P2P, P2PDaemonError, P2PHandlerError, PeerID
-from hivemind.proto import dht_pb2
+from hivemind.proto import dht_pb2, p2pd_pb2
 from hivemind.utils import MSGPackSerializer
 from hivemind.utils.multiaddr import Multiaddr
 from loopback import HELLO, LOOPBACK, NAME, RUN, Device, devices, fresh_keys
@@ -287,5 +288,92 @@ def test_a_strangers_streams_are_closed_unread(tmp_path: Path) -> None:
                 assert await stranger.stream(victim, b"\xff" * 8 + bytes(1 << 20)) == b""
                 assert victim.transport.counters.refused == 3
                 assert victim.transport.counters.bytes_sent < 2000
+
+    asyncio.run(run())
+
+
+class Shutting:
+    """Shuts out one peer, and asks nobody for news."""
+
+    def __init__(self, peer: str) -> None:
+        self.peer = peer
+
+    def is_forgotten(self, peer: str) -> bool:
+        return peer == self.peer
+
+    def may_ask(self, peer: str) -> bool:
+        return False
+
+    async def answer(self, peer: str, body: bytes, *, proved: bool) -> bytes:
+        raise AssertionError("nobody may ask")
+
+    async def renew(self, peer: str) -> bool:
+        return False
+
+
+def test_a_device_that_was_shut_out_is_a_stranger_even_with_the_secret(tmp_path: Path) -> None:
+    """Whoever gives it the new join code by mistake: it is known by its key."""
+
+    async def run() -> None:
+        keys = fresh_keys()
+        async with devices(tmp_path, keys, keys, keys) as (victim, shut_out, friend):
+            assert (await shut_out.transport.hello(victim.transport.peer_id, HELLO)).spec
+            victim.transport.follow(Shutting(shut_out.transport.peer_id), [])
+            before = _stored(victim)
+            for call in (
+                shut_out.transport.hello(victim.transport.peer_id, HELLO),
+                shut_out.transport.push(victim.transport.peer_id, Push(entries=(), record=b"x")),
+                shut_out.transport.renew(victim.transport.peer_id, b""),
+            ):
+                with pytest.raises(NotAuthorisedError):
+                    await call
+            assert await shut_out.board._ping(victim.transport.peer_id) is False
+            assert _stored(victim) == before
+            assert (await friend.transport.hello(victim.transport.peer_id, HELLO)).spec
+
+    asyncio.run(run())
+
+
+def test_a_change_of_the_secret_refuses_the_old_one_and_says_why(tmp_path: Path) -> None:
+    async def run() -> None:
+        old, new = fresh_keys(), fresh_keys()
+        async with devices(tmp_path, old, old) as (victim, late):
+            await victim.publish()
+            assert (await late.transport.hello(victim.transport.peer_id, HELLO)).spec
+            victim.transport.rekey(new, [old])
+            victim.board.rekey(new)
+            assert _stored(victim) == {}, "the board of the old secret is no business of the new one"
+            with pytest.raises(NotAuthorisedError, match="the join code is another one now"):
+                await late.transport.hello(victim.transport.peer_id, HELLO)
+            assert late.transport.peer_id not in victim.transport.p2p.proved
+            late.transport.rekey(new, [old])
+            late.board.rekey(new)
+            assert (await late.transport.hello(victim.transport.peer_id, HELLO)).spec
+            await victim.publish()
+            await late.publish()
+            assert set(await victim.names()) == {victim.identity.device, late.identity.device}
+
+    asyncio.run(run())
+
+
+def test_calls_that_a_stranger_gives_up_leave_nothing_behind(tmp_path: Path) -> None:
+    """hivemind keeps the task of a call that is cancelled: each such call would cost memory for ever."""
+
+    async def run() -> None:
+        keys = fresh_keys()
+        async with devices(tmp_path, keys) as (victim,), stranger_beside(victim) as stranger:
+            control = stranger.p2p._client.control
+            remote = PeerID.from_base58(victim.transport.peer_id).to_bytes()
+            for _ in range(600):
+                call_id = uuid.uuid4()
+                call = p2pd_pb2.CallUnaryRequest(peer=remote, proto=PREFIX + "push", data=b"x" * 100)
+                for message in (
+                    p2pd_pb2.PersistentConnectionRequest(callId=call_id.bytes, callUnary=call),
+                    p2pd_pb2.PersistentConnectionRequest(callId=call_id.bytes, cancel=p2pd_pb2.Cancel()),
+                ):
+                    await control._pending_messages.put(message)
+            # One that is answered, so that all before it have been.
+            assert await stranger.call(victim, PREFIX + "hello", b"") is None
+            assert len(victim.transport.p2p._client.control._handler_tasks) <= 300
 
     asyncio.run(run())

@@ -39,6 +39,16 @@ from p2pcollab.errors import IncompatibleError, NotAuthorisedError, PeerError, U
 from p2pcollab.keys import public_key_of_peer
 from p2pcollab.ledger import Ledger
 from p2pcollab.records import BOARD_DEVICES, open_record, seal_record
+from p2pcollab.rotation import (
+    Notice,
+    RotationState,
+    Verdict,
+    adopt,
+    decode_state,
+    encode_state,
+    forget,
+    judge,
+)
 from p2pcollab.run import DeviceId, JoinCode, RunSpec, ShardId
 from p2pcollab.screen import reason_to_refuse
 from p2pcollab.wire import (
@@ -228,6 +238,64 @@ SIGNED_CONTRIBUTION = Target(
     examples=CONTRIBUTION.examples,
     form="msgpack",
     bombs=_contribution_bombs,
+)
+
+
+# Notices that the run secret was changed
+
+
+def _notice() -> bytes:
+    """Alice forgets a device; Bob is a member as well."""
+    state = RotationState(run_id=RUN, secret=bytes(16)).with_members([ALICE.public_key, BOB.public_key])
+    notice = forget(state, ALICE, [DeviceId("0" * 32)], secret=b"s" * 16, ephemeral_seed=b"e" * 32)
+    return notice.encode()
+
+
+def _check_notice(data: bytes) -> Callable[[], None]:
+    notice = Notice.decode(data, RUN)
+    state = RotationState(run_id=RUN, secret=bytes(16)).with_members([ALICE.public_key, BOB.public_key])
+
+    def check() -> None:
+        assert notice.encode() == data
+        with suppress(PeerError):  # a box that its author has spoilt
+            verdict, secret = judge(state, notice, BOB, ALICE.device)
+            if verdict is Verdict.ADOPT:
+                after = adopt(state, notice, secret)
+                assert len(after.members) <= limits.DEVICES_MAX
+                assert decode_state(encode_state(after), RUN).notice == notice
+
+    return check
+
+
+def _signed_notice(data: bytes) -> bytes:
+    fields = unpack(data)
+    if not isinstance(fields, dict):
+        return data
+    fields.pop("signature", None)
+    return pack({**fields, "signature": ALICE.sign(b"p2pcollab/rotation/1" + pack(fields))})
+
+
+def _notice_bombs() -> list[bytes]:
+    return msgpack_bombs(limits.NOTICE_BYTES_MAX, ("forgotten", "boxes", "surprise"))
+
+
+NOTICE = Target(
+    name="notice",
+    promise="The bytes are a signed notice of this run in its one encoding, or PeerError is raised.",
+    parse=_check_notice,
+    allowed=(PeerError,),
+    examples=lambda: [_notice()],
+    form="msgpack",
+    bombs=_notice_bombs,
+)
+SIGNED_NOTICE = Target(
+    name="signed-notice",
+    promise="Whatever a member signs is a notice in its one encoding, or PeerError is raised.",
+    parse=lambda data: _check_notice(_signed_notice(data)),
+    allowed=(PeerError,),
+    examples=NOTICE.examples,
+    form="msgpack",
+    bombs=_notice_bombs,
 )
 
 

@@ -11,11 +11,13 @@ from fuzz_messages import (
     CONTRIBUTION,
     JOIN_CODE,
     MESSAGE,
+    NOTICE,
     PACKET,
     RECORD,
     RUN_SPEC,
     SEALED_RECORD,
     SIGNED_CONTRIBUTION,
+    SIGNED_NOTICE,
     STREAM,
 )
 from fuzzing import Target
@@ -27,6 +29,8 @@ TARGETS: dict[str, Target] = {
         CALL,
         CONTRIBUTION,
         SIGNED_CONTRIBUTION,
+        NOTICE,
+        SIGNED_NOTICE,
         RECORD,
         SEALED_RECORD,
         BOARD_VALUE,

@@ -22,6 +22,8 @@ class StubDaemon:
         self.status = status
         self.events: list[dict[str, Any]] = []
         self.model = b""
+        #: What `forget` tells.
+        self.forgotten: dict[str, Any] = {}
         self.headers: dict[str, str] = {"X-Coverage": "1.0", "X-Missing": ""}
         self.asked: list[str] = []
         #: Called with each request, before it is answered.
@@ -58,6 +60,8 @@ class StubDaemon:
         body: dict[str, Any] = {}
         if bare == "/v1/status":
             body = self.status
+        elif bare == "/v1/forget":
+            body = self.forgotten
         elif bare == "/v1/run":
             body = {"join_code": self.status["run"]["join_code"]}
         elif bare == "/v1/events":

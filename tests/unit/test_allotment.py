@@ -260,6 +260,8 @@ def test_straggler_trains_the_stem_only_if_nobody_else_can() -> None:
     fast = [view(1, leases=(TASKS[0],)), view(2, leases=(TASKS[1],))]
     assert allot(SPEC, [view(0, speed=0.05), *fast], gate)[device(0)] == ()
     assert allot(SPEC, [view(0, speed=0.05)], gate)[device(0)] == (STEM,)
+    stuck = [replace(each, overdue=True) for each in fast]
+    assert allot(SPEC, [view(0, speed=0.05), *stuck], gate)[device(0)] == (STEM,), "it would wait for ever"
 
 
 @given(st.integers(0, 10**6), st.integers(2, 6))

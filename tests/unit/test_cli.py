@@ -745,3 +745,28 @@ def _read_until(descriptor: int, wanted: str) -> str:
         if select.select([descriptor], [], [], 0.5)[0]:
             text += os.read(descriptor, 65536).decode(errors="replace")
     return text
+
+
+def test_forget_names_who_knows_and_shows_the_new_join_code(
+    daemon: StubDaemon, capsys: pytest.CaptureFixture[str]
+) -> None:
+    daemon.forgotten = {
+        "device": "ab" * 16,
+        "name": "old-laptop",
+        "epoch": 1,
+        "told": ["desk", "pi"],
+        "not_told": ["jetson"],
+        "join_code": CODE,
+    }
+    assert main(["forget", "old-laptop"]) == 0
+    out = capsys.readouterr().out
+    assert "old-laptop (device abababab) is shut out" in out
+    assert "desk, pi" in out and "jetson" in out and CODE in out.split()
+    assert main(["forget", "old-laptop", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == daemon.forgotten
+    assert daemon.count("/v1/forget") == 2
+
+
+def test_forget_needs_a_daemon(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["forget", "old-laptop"]) == 3
+    one_error_line(capsys)

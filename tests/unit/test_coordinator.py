@@ -21,12 +21,12 @@ from p2pcollab.coordinator import (
 )
 from p2pcollab.holdings import ReplicationSettings
 from p2pcollab.ledger import Contribution, states_digest
-from p2pcollab.presence import FORGET_TERMS, OVERDUE_FACTOR
+from p2pcollab.presence import FORGET_SILENCES, OVERDUE_FACTOR, OVERDUE_UNKNOWN_S
 from p2pcollab.run import STEM, RunSpec, ShardId
 
 SPEC = small_spec(4)
 SETTINGS = CoordinatorSettings()
-TERM = SETTINGS.lease_term_s
+SILENCE = SETTINGS.silence_s
 T1 = ShardId("t1")
 
 
@@ -105,15 +105,32 @@ def start(one: Coordinator, held: set[str], now: float) -> JobPlan:
 # --- liveness ---
 
 
-def test_device_is_alive_for_a_lease_term_after_its_beat_rose() -> None:
+def test_device_is_alive_until_its_beat_has_not_been_seen_to_rise_for_so_long() -> None:
     one = coordinator()
-    one.observe_board([Record(device=device(1), beat=5)], 0.0)
-    for now in (3.0, 6.0, 9.0):
+    for now in (0.0, 3.0, 6.0, SILENCE):
         one.observe_board([Record(device=device(1), beat=5)], now)
-    assert one.live(TERM) == (device(0), device(1))
-    assert one.live(TERM + 0.1) == (device(0),)
+    assert one.live(SILENCE) == (device(0), device(1))
+    one.observe_board([Record(device=device(1), beat=5)], SILENCE + 0.1)
+    assert one.live(SILENCE + 0.1) == (device(0),)
     one.observe_board([Record(device=device(1), beat=6)], 12.0)
     assert one.live(12.0) == (device(0), device(1))
+
+
+def test_silence_that_nobody_has_listened_to_is_no_death() -> None:
+    one = coordinator()
+    one.observe_board([Record(device=device(1), beat=5)], 0.0)
+    one.observe_board([Record(device=device(1), beat=5)], SILENCE - 1)
+    one.hear([Record(device=device(2), beat=1)], SILENCE + 1)
+    assert set(one.live(SILENCE + 1)) == {device(0), device(1), device(2)}
+
+
+def test_record_that_came_with_a_push_keeps_its_device_alive() -> None:
+    one = coordinator()
+    one.observe_board([Record(device=device(1), beat=5)], 0.0)
+    one.hear([Record(device=device(1), beat=6)], 4.0)
+    for now in (3.0, 6.0, SILENCE + 3.9):
+        one.observe_board([Record(device=device(1), beat=5)], now)
+    assert one.live(SILENCE + 3.9) == (device(0), device(1))
 
 
 def test_stale_echo_of_a_record_does_not_revive_its_device() -> None:
@@ -126,7 +143,7 @@ def test_stale_echo_of_a_record_does_not_revive_its_device() -> None:
 def test_device_that_is_no_longer_shown_is_forgotten_and_may_start_at_any_beat() -> None:
     one = coordinator()
     one.observe_board([Record(device=device(1), beat=500)], 0.0)
-    later = FORGET_TERMS * TERM + 1
+    later = FORGET_SILENCES * SILENCE + 1
     for step in range(1, int(later)):
         one.observe_board([], float(step))
     one.observe_board([Record(device=device(1), beat=1)], later)
@@ -140,6 +157,35 @@ def test_device_that_left_is_gone_at_once() -> None:
     assert one.live(1.0) == (device(0),)
 
 
+def test_device_whose_host_says_that_it_is_gone_is_dead_until_its_beat_rises() -> None:
+    one = coordinator()
+    one.observe_board([Record(device=device(1), beat=5), Record(device=device(2), beat=5)], 0.0)
+    one.observe_board([Record(device=device(2), beat=6)], 2.9)
+    assert one.silent(2.5, 3.0) == (device(1),)
+    one.found_dead(device(1))
+    assert one.live(3.0) == (device(0), device(2))
+    assert one.silent(2.5, 3.0) == ()
+    # Its last record is still on the board, and the board is read after a pause.
+    one.observe_board([Record(device=device(1), beat=5), Record(device=device(2), beat=6)], 30.0)
+    assert device(1) not in one.live(30.0)
+    one.observe_board([Record(device=device(1), beat=6)], 31.0)
+    assert device(1) in one.live(31.0)
+
+
+def test_leases_of_a_device_that_was_found_dead_are_free_at_once() -> None:
+    one = coordinator()
+    everything = tuple(SPEC.shards)
+    one.observe_board([Record(device=device(1), beat=1, state="training", leases=everything)], 0.0)
+    one.observe_board([Record(device=device(1), beat=2, state="training", leases=everything)], SILENCE / 2)
+    before = one.decide(SILENCE / 2)
+    assert before is None or before.shards != ()
+    one.abandoned(SILENCE / 2)
+    one.found_dead(device(1))
+    claim = one.decide(SILENCE / 2)
+    assert claim is not None
+    assert one.confirm(SILENCE / 2) == claim.shards
+
+
 def test_own_suspension_is_no_evidence_of_the_death_of_others() -> None:
     one = coordinator()
     one.observe_board([Record(device=device(1), beat=1)], 0.0)
@@ -149,6 +195,14 @@ def test_own_suspension_is_no_evidence_of_the_death_of_others() -> None:
     one.observe_board([Record(device=device(1), beat=1)], 106.0)
     one.observe_board([Record(device=device(1), beat=1)], 109.0)
     assert device(1) not in one.live(109.0)
+
+
+def test_dead_device_dies_on_a_board_that_is_always_slow_too() -> None:
+    one = coordinator()
+    gap = 0.7 * SILENCE
+    for reading in range(6):
+        one.observe_board([Record(device=device(1), beat=1)], reading * gap)
+    assert one.live(5 * gap) == (device(0),)
 
 
 def test_restarted_device_goes_on_above_its_own_record_on_the_board() -> None:
@@ -237,12 +291,12 @@ def test_device_does_not_wait_for_ever_for_an_idle_one_that_takes_nothing() -> N
     )
     idle = Record(device=device(1), prefer=("t0",))
     now = 0.0
-    while now < TERM:
+    while now < SILENCE:
         one.observe_board([replace(idle, beat=int(now * 10) + 1)], now)
         if one.decide(now) is not None:
             break
         now += 1.0
-    assert TERM / 2 <= now <= TERM
+    assert SILENCE / 2 <= now <= SILENCE
 
 
 def test_device_with_unfit_data_takes_a_task_only_when_all_hope_is_gone() -> None:
@@ -250,12 +304,12 @@ def test_device_with_unfit_data_takes_a_task_only_when_all_hope_is_gone() -> Non
     one = coordinator(advert=Advert(speed=1.0, class_counts=(0, 10, 10, 10), tasks=tasks))
     one.receive([mine(contribution(9, {9: SPEC.budget(STEM)}, shard=STEM))], 0.0)
     now = 0.0
-    while now < 10 * TERM:
+    while now < 10 * SILENCE:
         one.observe_board([Record(device=device(1), beat=int(now * 10) + 1)], now)
         if one.decide(now) is not None:
             break
         now += 1.0
-    assert HOPELESS * TERM / 2 <= now <= HOPELESS * TERM + 1
+    assert HOPELESS * SILENCE / 2 <= now <= HOPELESS * SILENCE + 1
 
 
 def test_unfit_device_first_looks_who_else_is_there() -> None:
@@ -263,8 +317,8 @@ def test_unfit_device_first_looks_who_else_is_there() -> None:
     one.receive([mine(contribution(9, {9: SPEC.budget(STEM)}, shard=STEM))], 0.0)
     one.observe_board([], 0.0)
     assert one.decide(0.0) is None
-    one.observe_board([], TERM / 2)
-    assert one.decide(TERM / 2) is not None
+    one.observe_board([], SILENCE / 2)
+    assert one.decide(SILENCE / 2) is not None
 
 
 def test_lease_that_takes_far_too_long_is_trained_by_others() -> None:
@@ -283,6 +337,17 @@ def test_lease_that_takes_far_too_long_is_trained_by_others() -> None:
             break
     assert claimed_at is not None
     assert OVERDUE_FACTOR * 10.0 <= claimed_at - 11 <= OVERDUE_FACTOR * 10.0 + 2
+
+
+def test_device_that_has_had_no_lease_does_not_wait_for_ever_for_one_that_is_stuck() -> None:
+    one = coordinator(advert=Advert(speed=1.0, class_counts=(10, 10, 10, 10), tasks=frozenset()))
+    one.receive([mine(successor((), 2, SPEC.budget(STEM) - 50, shard=STEM))], 0.0)
+    stuck = Record(device=device(1), state="training", leases=("stem",), lease_sequence=1)
+    for now in range(int(OVERDUE_UNKNOWN_S) + 1):
+        one.observe_board([replace(stuck, beat=now + 1)], float(now))
+        assert one.decide(float(now)) is None
+    one.observe_board([replace(stuck, beat=9999)], OVERDUE_UNKNOWN_S + 1)
+    assert one.decide(OVERDUE_UNKNOWN_S + 1) is not None
 
 
 def test_claim_names_the_devices_that_promise_newer_contributions() -> None:
@@ -482,7 +547,9 @@ def test_partners_are_live_and_include_one_that_promises_news() -> None:
         assert len(set(partners)) == SETTINGS.gossip_fanout
         assert device(9) in partners
         assert device(0) not in partners
-    assert one.partners(TERM + 1) == ()
+    for now in (3.0, 6.0, SILENCE + 1):
+        one.observe_board(records, now)
+    assert one.partners(SILENCE + 1) == ()
 
 
 def test_lone_device_has_no_partners() -> None:
