@@ -84,7 +84,8 @@ class MeanMomentumSGD:
                 torch._foreach_lerp_(means, gradients, 1.0 - (m if brought else corrected))
             else:
                 self._means[index] = means = gradients
-            torch._foreach_add_(parameters, means, alpha=-rate / (1.0 - m))
+            weights: list[Tensor] = [*parameters]
+            torch._foreach_add_(weights, means, alpha=-rate / (1.0 - m))
 
     def _gradient(self, parameter: Tensor) -> Tensor:
         assert parameter.grad is not None
