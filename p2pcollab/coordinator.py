@@ -132,6 +132,7 @@ class Coordinator:
     def hear(self, records: Sequence[BoardRecord], now: float) -> None:
         """Take in records of other devices that came by another way than a reading of the board."""
         self._presence.hear(records[: limits.DEVICES_MAX], now)
+        self._believe(now)
 
     def live(self, now: float) -> tuple[DeviceId, ...]:
         """The devices that are alive, this one included, sorted."""

@@ -14,6 +14,7 @@ import pytest
 from p2pcollab.coordinator import Advert, Coordinator, CoordinatorSettings
 from p2pcollab.daemon.events import EventLog
 from p2pcollab.daemon.gossip import Gossip
+from p2pcollab.daemon.renewal import Renewal
 from p2pcollab.daemon.session import Counters, Session
 from p2pcollab.daemon.status import refused
 from p2pcollab.daemon.store import RunStore, Store
@@ -52,14 +53,15 @@ class Device:
             keys=RunKeys.derive(bytes(16)),
             store=self.run,
             coordinator=Coordinator(SPEC, ME.device, nothing, CoordinatorSettings(), random.Random(0)),
-            transport=cast(Any, None),
+            transport=cast(Any, SimpleNamespace(follow=lambda _rotation, _retired: None)),
             trainer=cast(Any, None),
             events=EventLog(lambda: 0.0),
             counters=Counters(),
             clock=lambda: self.now,
         )
         board = SimpleNamespace(newest=list)
-        self.gossip = Gossip(self.session, cast(Any, board))
+        renewal = Renewal(self.session, cast(Any, board), self.run.rotation, on_secret=lambda _secret: None)
+        self.gossip = Gossip(self.session, cast(Any, board), renewal)
         self.gossip.restore_proofs(self.run.meta().get("proofs"))
         self.gossip.restore(self.run.load_contributions())
 

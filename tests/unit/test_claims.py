@@ -9,7 +9,7 @@ from dataclasses import replace
 from hypothesis import given
 from hypothesis import strategies as st
 from ledger_examples import T0, contribution, device, history, small_spec, successor
-from test_coordinator import TERM, Record, coordinator, mine
+from test_coordinator import SILENCE, Record, coordinator, mine
 
 from p2pcollab.claims import equivocation, own_count
 from p2pcollab.coordinator import Coordinator, CoordinatorSettings
@@ -97,7 +97,7 @@ def test_a_claim_of_a_live_devices_work_that_it_has_not_signed_never_counts() ->
     one.receive([greedy], 0.0)
     assert one.ledger.get(T0, device(2)) == greedy
     for step in range(1, 40):
-        see(one, [1, 2], step * TERM)
+        see(one, [1, 2], step * SILENCE)
         assert one.believed.frontier(T0) == (honest,)
         assert one.believed.samples(T0) == 10
     (told,) = one.refusals()
