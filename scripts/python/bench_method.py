@@ -47,7 +47,8 @@ def parse() -> argparse.Namespace:
         default=[],
         metavar="FIELD=NUMBER",
         dest="settings",
-        help="a field of the run spec's model or schedule, classes_per_task or lease_batches",
+        help="a field of the run spec's model or schedule (branch_squeeze=0: none), classes_per_task, "
+        "branches_per_class or lease_batches",
     )
     parser.add_argument("--groups", type=Path, help="the tasks' classes, as `p2pcollab new --groups`")
     parser.add_argument("--name", default="default", help="name of these settings in the tables")

@@ -58,7 +58,9 @@ class Configuration:
             settings["lease_samples"] = lease_batches * spec.schedule.batch_size
         model, schedule = spec.model, spec.schedule
         for name, value in settings.items():
-            if name in ModelSpec.model_fields:
+            if name == "branch_squeeze":
+                model = model.model_copy(update={name: value or None})
+            elif name in ModelSpec.model_fields:
                 model = model.model_copy(update={name: _as(getattr(model, name), value)})
             elif name in Schedule.model_fields:
                 schedule = schedule.model_copy(update={name: _as(getattr(schedule, name), value)})
