@@ -98,6 +98,7 @@ def main() -> int:
                 columns.setdefault(column, []).append(json.loads(path.read_text()))
     row = report.row(options.dataset, options.model, options.name, options.epochs, columns)
     row["partition"] = options.partition
+    row["machine"] = next(result["machine"] for results in columns.values() for result in results)
     print(report.line(row))
     if options.json:
         _put(options.json, row)
@@ -123,7 +124,7 @@ def _put(path: Path, row: dict[str, Any]) -> None:
     rows = [other for other in rows if any(other[key] != row[key] for key in keys)] + [row]
     rows.sort(key=lambda one: tuple(str(one[key]) for key in keys))
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({"rows": rows, "machine": _machine()}, indent=1) + "\n")
+    path.write_text(json.dumps({"rows": rows}, indent=1) + "\n")
 
 
 def _machine() -> dict[str, Any]:
