@@ -22,6 +22,7 @@ from p2pcollab.daemon.discovery import SERVICE, Announcement, Discovery, Found, 
 from p2pcollab.daemon.interfaces import Interface
 from p2pcollab.errors import PeerError
 from p2pcollab.keys import Identity
+from p2pcollab.run import PROTOCOL_VERSION
 
 LOOPBACK = Interface(name="lo", address="127.0.0.1", prefix_bits=8)
 LAN = Interface(name="eth0", address="192.168.7.20", prefix_bits=24)
@@ -67,7 +68,7 @@ def test_devices_of_a_run_find_each_other_across_processes() -> None:
                 found = await _first(discovery)
                 assert found.address.host == "127.0.0.1"
                 assert found.address.port == 4001 + peers.index(found.address.peer)
-                assert (found.run_prefix, found.name, found.version) == (prefix, "pets", 1)
+                assert (found.run_prefix, found.name, found.version) == (prefix, "pets", PROTOCOL_VERSION)
                 missing.discard(found.address.peer)
             assert set(discovery.found) == set(peers)
         finally:

@@ -30,6 +30,7 @@ from p2pcollab.daemon.discovery import SERVICE, Announcement, Discovery
 from p2pcollab.errors import NotAuthorisedError, PeerError
 from p2pcollab.keys import RunKeys
 from p2pcollab.records import BOARD_DEVICES
+from p2pcollab.run import PROTOCOL_VERSION
 from p2pcollab.wire import NONCE_BYTES, Authenticator, Push
 
 METHODS = ("hello", "exchange", "push", "fetch")
@@ -124,7 +125,13 @@ def test_mdns_shows_a_stranger_what_the_announcement_says_and_no_more() -> None:
             info = AsyncServiceInfo(SERVICE, name)
             assert await info.async_request(mdns.zeroconf, 3000)
             shown = {key.decode(): (value or b"").decode() for key, value in info.properties.items()}
-            assert shown == {"v": "1", "run": prefix, "name": "pets", "peer": peer, "port": "4001"}
+            assert shown == {
+                "v": str(PROTOCOL_VERSION),
+                "run": prefix,
+                "name": "pets",
+                "peer": peer,
+                "port": "4001",
+            }
             _no_secrets([info.text, name.encode(), (info.server or "").encode()], keys)
         finally:
             await browser.async_cancel()
