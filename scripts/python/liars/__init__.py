@@ -1,1 +1,0 @@
-"""Lying devices, and what they do to a run. See scripts/bench-liars."""
