@@ -16,19 +16,27 @@ _CLONE_NEWNET: Final = 0x40000000
 
 
 def call_in_network_of(pid: int, function: Callable[[], T]) -> T:
-    """What a function returns in a thread that is on the network of a process. Linux, and root.
+    """What a function returns in a thread that is on the network of a process; see `call_in_network`."""
+    return call_in_network(Path(f"/proc/{pid}/ns/net"), function)
+
+
+def call_in_network(handle: Path, function: Callable[[], T]) -> T:
+    """What a function returns in a thread that is in a network namespace. Linux, and root.
 
     A thread of its own, because it stays there: the caller's sockets are not to follow.
 
+    Args:
+        handle: the namespace's file, below /proc or /run/netns.
+
     Raises:
-        OSError: the process is gone, or this one may not enter its network; what the function raises.
+        OSError: it is gone, or this process may not enter it; what the function raises.
     """
     results: list[T] = []
     failures: list[BaseException] = []
 
     def enter_and_call() -> None:
         try:
-            with Path(f"/proc/{pid}/ns/net").open("rb") as namespace:
+            with handle.open("rb") as namespace:
                 _enter(namespace.fileno())
             results.append(function())
         except BaseException as error:

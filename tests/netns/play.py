@@ -192,6 +192,7 @@ class _Player:
         for moment in self._moments:
             wait = self._started + moment.at_s - time.monotonic()
             if wait > 0:
+                # Not to synchronise: a scenario says at which second a cable is pulled, and for how long.
                 time.sleep(wait)
             made = self._look()
             self._say(f"{self._now():6.1f} s  {moment.label}")

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import os
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
@@ -117,17 +117,26 @@ async def devices(
             await device.transport.stop()
 
 
-async def introduce(one: Device, other: Device, deadline_s: float = 45.0) -> None:
-    """Have two devices meet. A call that takes longer than its deadline, on a busy machine, is made again."""
-    end = time.monotonic() + deadline_s
-    while not await one.board.meet(other.transport.address):
-        assert time.monotonic() < end, "the devices did not meet"
-        await asyncio.sleep(0.1)
+async def introduce(one: Device, other: Device) -> None:
+    """Have two devices meet. The board, too, calls again when a call has taken longer than its deadline."""
+    await until_true(lambda: one.board.meet(other.transport.address), 45.0)
 
 
 async def until(condition: Callable[[], bool], deadline_s: float = 10.0) -> None:
     """Wait for a condition that other processes bring about."""
+
+    async def holds() -> bool:
+        return condition()
+
+    await until_true(holds, deadline_s)
+
+
+async def until_true(attempt: Callable[[], Awaitable[bool]], deadline_s: float = 10.0) -> None:
+    """Wait for what can be known only by asking or trying: other processes do not announce what they do.
+
+    The pause spares the processor, and the deadline ends a test that fails; no result depends on either.
+    """
     end = time.monotonic() + deadline_s
-    while not condition():
+    while not await attempt():
         assert time.monotonic() < end, "it did not happen in time"
         await asyncio.sleep(0.01)

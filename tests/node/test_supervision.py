@@ -8,7 +8,7 @@ import signal
 import time
 from pathlib import Path
 
-from loopback import Device, devices, fresh_keys, until
+from loopback import Device, devices, fresh_keys, until, until_true
 
 from p2pcollab.daemon.events import EventLog
 from p2pcollab.daemon.supervision import P2pdKeeper
@@ -52,12 +52,12 @@ async def _survive_p2pds_death(folder: Path, failures: int) -> list[str]:
 
 async def _heard(speaker: Device, listener: Device) -> None:
     """Publish until the listener's board shows it."""
-    for _ in range(300):
+
+    async def shown() -> bool:
         await speaker.publish()
-        if speaker.identity.device in await listener.names():
-            return
-        await asyncio.sleep(0.1)
-    raise AssertionError("the devices did not meet again")
+        return speaker.identity.device in await listener.names()
+
+    await until_true(shown, 30.0)
 
 
 def test_p2pd_comes_back_although_the_trainer_that_should_guard_it_is_dead(tmp_path: Path) -> None:

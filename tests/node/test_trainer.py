@@ -352,7 +352,7 @@ async def main():
     if sys.argv[1] == "close":
         await trainer.close()
     print(trainer.pid or 0, guarded.pid, flush=True)
-    await asyncio.sleep(60)
+    await asyncio.Event().wait()  # until it is killed
 
 asyncio.run(main())
 """

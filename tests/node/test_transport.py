@@ -13,7 +13,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from loopback import HELLO, LOOPBACK, Answers, Device, devices, fresh_keys, until
+from loopback import HELLO, LOOPBACK, Answers, Device, devices, fresh_keys, until, until_true
 
 from p2pcollab import limits
 from p2pcollab.daemon import transport as transport_module
@@ -239,11 +239,15 @@ def test_a_device_that_was_often_missed_is_linked_soon_after_it_is_back(tmp_path
                     await second.transport.connect(address)
             await first.transport.start()
             assert first.transport.address == address
-            for _ in range(60):
-                with contextlib.suppress(UnreachableError):
+
+            async def linked() -> bool:
+                try:
                     await second.transport.connect(address)
-                    break
-                await asyncio.sleep(0.2)
+                except UnreachableError:
+                    return False
+                return True
+
+            await until_true(linked, 12.0)
             assert (await second.transport.hello(address.peer, HELLO)).spec
 
     asyncio.run(run())

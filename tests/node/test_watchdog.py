@@ -65,7 +65,7 @@ def test_supervisor_that_is_gone_does_not_disturb(tmp_path: Path) -> None:
 
 
 _HANGS = """
-import asyncio, os, time
+import asyncio, os, threading
 from p2pcollab.daemon.service_files import Service
 from p2pcollab.daemon.watchdog import Watchdog
 
@@ -73,7 +73,7 @@ async def live():
     living = asyncio.create_task(Watchdog(os.environ, os.getpid()).keep())
     await asyncio.sleep(0)
     while True:
-        time.sleep(60)  # the event loop does not turn
+        threading.Event().wait()  # the event loop does not turn
 
 asyncio.run(live())
 """

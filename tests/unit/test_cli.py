@@ -402,7 +402,7 @@ class Launches:
 
 #: A daemon that leaves when its standard input ends, one that does not listen, one that finds its data bad.
 OBEDIENT = "import sys; sys.stdin.read()"
-DEAF = "import time; time.sleep(600)"
+DEAF = "import threading; threading.Event().wait()"
 FAILING = (
     'print(\'{"ok": false, "kind": "DataError", "what": "no images", "fix": "add some"}\');'
     "raise SystemExit(2)"

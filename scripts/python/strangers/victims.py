@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import sqlite3
 import threading
 from collections.abc import Callable
@@ -16,6 +15,7 @@ from sklearn.datasets import load_digits
 
 from p2pcollab.daemon.api_client import ApiClient
 from p2pcollab.daemon.fleet import LocalDevice
+from p2pcollab.daemon.network_namespace import call_in_network
 from p2pcollab.errors import PeerError
 from p2pcollab.ledger import Contribution
 from p2pcollab.run import RunId
@@ -23,7 +23,6 @@ from p2pcollab.wire import decode_contribution
 
 T = TypeVar("T")
 
-_CLONE_NEWNET: Final = 0x40000000
 #: Names that are nowhere by chance.
 _BIRDS: Final = (
     "kingfisher",
@@ -51,26 +50,8 @@ def write_digits(folder: Path) -> None:
 
 
 def inside(namespace: str, work: Callable[[], T]) -> T:
-    """Do something in a network namespace, in a thread of its own: the namespace is the thread's."""
-    results: list[T] = []
-    failures: list[BaseException] = []
-
-    def run() -> None:
-        try:
-            with Path("/run/netns", namespace).open() as handle:
-                libc = ctypes.CDLL(None, use_errno=True)
-                if libc.setns(handle.fileno(), _CLONE_NEWNET):
-                    raise OSError(ctypes.get_errno(), "setns")
-            results.append(work())
-        except BaseException as error:
-            failures.append(error)
-
-    thread = threading.Thread(target=run)
-    thread.start()
-    thread.join()
-    if failures:
-        raise failures[0]
-    return results[0]
+    """Do something in a named network namespace."""
+    return call_in_network(Path("/run/netns", namespace), work)
 
 
 class Victim:
