@@ -48,8 +48,8 @@ log = structlog.get_logger()
 _NO_PEERS_AFTER_S: Final = 15.0
 #: A refusal may come from an impostor: an honest device has this long to answer.
 _REFUSED_AFTER_S: Final = 6.0
-#: How often discovery is started on a new interface, a second apart.
-_DISCOVERY_TRIES: Final = 10
+#: Between two attempts to start discovery on a new interface.
+_DISCOVER_AGAIN_S: Final = 1.0
 
 Result = TypeVar("Result")
 
@@ -232,19 +232,28 @@ class Node:
         member.session.record_bell.ring()
         with contextlib.suppress(OSError):
             await self.discovery.stop()
+        tasks.start_soon(self._discover_from, interface, tasks, member, transport)
+
+    async def _discover_from(
+        self, interface: Interface, tasks: TaskGroup, member: Member, transport: Transport
+    ) -> None:
+        """Start discovery where this device is now, however long that takes, unless it moves on meanwhile."""
         discovery = Discovery(interface, self.identity.peer_id, self.code.run_prefix)
-        for attempt in range(_DISCOVERY_TRIES):
+        while self.interface == interface:
             try:
                 await discovery.start(self._announcement(member, transport))
-                break
             except RunError as error:
                 # An address that has just come takes no multicast for a moment.
-                if attempt + 1 == _DISCOVERY_TRIES:
-                    self.events.add("warning", str(error))
-                    return
-                await anyio.sleep(1.0)
-        self.discovery = discovery
-        tasks.start_soon(self._watch_discovery, tasks)
+                member.session.warn("discovery", str(error))
+                await anyio.sleep(_DISCOVER_AGAIN_S)
+                continue
+            member.session.warnings.pop("discovery", None)
+            if self.interface != interface:
+                await discovery.stop()
+                return
+            self.discovery = discovery
+            tasks.start_soon(self._watch_discovery, tasks)
+            return
 
     def _ask_again(self) -> None:
         if self.discovery is not None:

@@ -219,9 +219,11 @@ class Coordinator:
         lost. So all devices drop the same, whatever each had heard before it heard of this.
         """
         self._presence.drop(devices)
-        for entry in list(self._ledger.entries.values()):
+        entries = self._ledger.entries.values()
+        self._ledger = Ledger(entry for entry in entries if entry.device not in devices)
+        for entry in entries:
             if entry.device in devices:
-                self._ledger = self._ledger.without(entry)
+                self._holdings.restore(entry)
 
     # --- work ---
 
