@@ -27,12 +27,11 @@ from hivemind.utils.logging import use_hivemind_log_handler
 from hivemind.utils.multiaddr import Multiaddr
 
 from .. import limits
+from ..authentication import NONCE_BYTES, Authenticator
 from ..errors import NotAuthorisedError, P2PCollabError, PeerError, RunError, UsageError
 from ..files import write_atomic
 from ..keys import Identity, RunKeys
 from ..wire import (
-    NONCE_BYTES,
-    Authenticator,
     Download,
     ErrorReply,
     Exchange,

@@ -174,5 +174,5 @@ class Wire:
 
 
 def may_call(one_wall_s: float, other_wall_s: float) -> bool:
-    """Whether a call between devices with these clocks is let in (`wire.ReplayGuard`)."""
+    """Whether a call between devices with these clocks is let in (`authentication.ReplayGuard`)."""
     return abs(one_wall_s - other_wall_s) <= CLOCK_SKEW_S_MAX

@@ -23,6 +23,7 @@ from zeroconf import IPVersion
 from zeroconf.asyncio import AsyncServiceBrowser, AsyncServiceInfo, AsyncZeroconf
 
 from p2pcollab import limits
+from p2pcollab.authentication import NONCE_BYTES, Authenticator
 from p2pcollab.daemon import streams
 from p2pcollab.daemon.addresses import PeerAddress
 from p2pcollab.daemon.calls import PREFIX
@@ -31,7 +32,7 @@ from p2pcollab.errors import NotAuthorisedError, PeerError
 from p2pcollab.keys import RunKeys
 from p2pcollab.records import BOARD_DEVICES
 from p2pcollab.run import PROTOCOL_VERSION
-from p2pcollab.wire import NONCE_BYTES, Authenticator, Push
+from p2pcollab.wire import Push
 
 METHODS = ("hello", "exchange", "push", "fetch")
 TTL_S = 60.0

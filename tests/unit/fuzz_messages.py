@@ -35,6 +35,7 @@ from fuzzing import (
 )
 
 from p2pcollab import limits
+from p2pcollab.authentication import NONCE_BYTES, Authenticator, mac
 from p2pcollab.errors import IncompatibleError, NotAuthorisedError, PeerError, UsageError
 from p2pcollab.keys import public_key_of_peer
 from p2pcollab.ledger import Ledger
@@ -52,8 +53,6 @@ from p2pcollab.rotation import (
 from p2pcollab.run import DeviceId, JoinCode, RunSpec, ShardId
 from p2pcollab.screen import reason_to_refuse
 from p2pcollab.wire import (
-    NONCE_BYTES,
-    Authenticator,
     Download,
     ErrorReply,
     Exchange,
@@ -68,7 +67,6 @@ from p2pcollab.wire import (
     decode_contribution,
     decode_reply,
     encode_contribution,
-    mac,
 )
 
 # Messages

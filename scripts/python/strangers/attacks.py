@@ -35,6 +35,7 @@ from hivemind.utils import MSGPackSerializer
 from hivemind.utils.multiaddr import Multiaddr
 from zeroconf import DNSOutgoing, ServiceInfo
 
+from p2pcollab.authentication import NONCE_BYTES, Authenticator
 from p2pcollab.daemon import streams
 from p2pcollab.daemon.board import expiry
 from p2pcollab.daemon.calls import PREFIX
@@ -43,8 +44,6 @@ from p2pcollab.keys import Identity, RunKeys, peer_id
 from p2pcollab.records import BOARD_DEVICES, DeviceRecord, seal_record
 from p2pcollab.run import PROTOCOL_VERSION, RunId, RunSpec, ShardId
 from p2pcollab.wire import (
-    NONCE_BYTES,
-    Authenticator,
     Exchange,
     Fetch,
     Hello,
