@@ -364,7 +364,7 @@ class Member:
         while True:
             await anyio.sleep(_SAVE_S)
             held = session.store.digests()
-            keep = session.coordinator.keep() | self.gossip.fetching.keys() | self.worker.storing
+            keep = session.coordinator.keep(held) | self.gossip.fetching.keys() | self.worker.storing
             for digest in self.gossip.fetched_by.keys() - keep:
                 del self.gossip.fetched_by[digest]
             try:

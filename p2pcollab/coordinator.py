@@ -494,6 +494,8 @@ class Coordinator:
             "devices": len(self._presence),
         }
 
-    def keep(self) -> frozenset[str]:
-        """Digests that must not be thrown away: frontiers, what came before them, and the lease's parents."""
-        return self._parents | self._holdings.keep(self._ledger, self._shards)
+    def keep(self, held: AbstractSet[str]) -> frozenset[str]:
+        """Digests that must not be thrown away: frontiers, what came before them, the newest of what is held,
+        and the lease's parents.
+        """
+        return self._parents | self._holdings.keep(self._ledger, self._shards, held)

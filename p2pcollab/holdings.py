@@ -220,11 +220,15 @@ class Holdings:
             replicas -= device != entry.device
         return False
 
-    def keep(self, ledger: Ledger, shards: Sequence[ShardId]) -> set[str]:
-        """Digests that must not be thrown away: of each shard the frontier, and what came before it."""
+    def keep(self, ledger: Ledger, shards: Sequence[ShardId], held: AbstractSet[str]) -> set[str]:
+        """Digests that must not be thrown away: of each shard the frontier, and what came before it.
+
+        And the newest of what is held: the tensors of later work may die with their makers before they come.
+        """
         kept: set[str] = set()
         for shard in shards:
-            frontier = ledger.frontier(shard)
-            before = frontier_of(entry for entry in self._known(ledger, shard) if entry not in frontier)
-            kept.update(entry.tensors_digest for entry in (*frontier, *before))
+            frontier, known = ledger.frontier(shard), self._known(ledger, shard)
+            before = frontier_of(entry for entry in known if entry not in frontier)
+            here = frontier_of(entry for entry in known if entry.tensors_digest in held)
+            kept.update(entry.tensors_digest for entry in (*frontier, *before, *here))
         return kept

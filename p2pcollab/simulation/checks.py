@@ -215,7 +215,6 @@ class Checks:
         """The run is complete; `known` is what the live devices know together."""
         simulation = self._simulation
         live = {device.id: device for device in simulation.live()}
-        held = {digest for device in live.values() for digest in device.held - device.disk.rotten}
         for shard in simulation.budget:
             seen = known.seen(shard)
             for maker in simulation.ids:
@@ -224,5 +223,15 @@ class Checks:
                     raise self.broken("counted-once", f"{shard} counts {count} of {true} samples of {maker}")
                 if count < true and maker in live:
                     raise self.broken("nothing-lost", f"{shard} has {count} of {true} samples of {maker}")
-            if not any(entry.tensors_digest in held for entry in known.of_shard(shard)):
-                raise self.broken("coverage-recovers", f"no live device holds tensors of {shard}")
+            if not any(self._can_start(device, shard) for device in live.values()):
+                raise self.broken("coverage-recovers", f"no live device has tensors of {shard} to go on from")
+
+    def _can_start(self, device: Device, shard: ShardId) -> bool:
+        """Whether a device will have a state of a shard once it has given up what nobody gives it.
+
+        What has rotted on its disk counts for nothing, though it has not looked yet.
+        """
+        coordinator, held = device.coordinator, frozenset(device.held - device.disk.rotten)
+        now = self._simulation.now
+        given_up_at = now + 2 * coordinator.settings.replication.write_off_s
+        return any(coordinator.obtainable(shard, held, when) for when in (now, given_up_at))

@@ -226,7 +226,7 @@ class Device:
 
     def kept(self) -> frozenset[str]:
         """Digests of what is no garbage; what is being stored is named by no contribution yet."""
-        return self.coordinator.keep() | self.storing
+        return self.coordinator.keep(self.held) | self.storing
 
     # --- work ---
 

@@ -250,7 +250,8 @@ async def _live(folder: Path, run: RunSpec, workshop: Workshop, life: Life) -> N
         assert await worker._one_lease()
         life.tell("ack", **_found(opened, identity))
         opened.set_meta({"counters": {"contributions": number}, "port": 4001}, durable=False)
-        opened.collect_garbage(session.coordinator.keep())
+        held = opened.digests()
+        opened.collect_garbage(held - session.coordinator.keep(held))
     opened.close()
     store.close()
 

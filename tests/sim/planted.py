@@ -56,7 +56,7 @@ def _beat_by_the_clock(patch: pytest.MonkeyPatch) -> None:
 
 
 def _collect_unnamed(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(Device, "kept", lambda self: self.coordinator.keep())
+    patch.setattr(Device, "kept", lambda self: self.coordinator.keep(self.held))
 
 
 def _forgive_all(patch: pytest.MonkeyPatch) -> None:

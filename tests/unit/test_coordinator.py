@@ -620,7 +620,19 @@ def test_frontier_and_what_came_before_it_are_kept() -> None:
         entry = mine(successor(tuple(made[-1:]), author))
         one.receive([entry], 0.0)
         made.append(entry)
-    assert one.keep() == {entry.tensors_digest for entry in made[-2:]}
+    assert one.keep(frozenset()) == {entry.tensors_digest for entry in made[-2:]}
+
+
+def test_newest_that_is_held_is_kept_until_what_came_after_it_is_here() -> None:
+    """The makers of later work may die before anybody has fetched it."""
+    one = coordinator()
+    own = mine(successor((), 0))
+    made = [own]
+    for author in (1, 1):
+        made.append(mine(successor((made[-1],), author)))
+    one.receive(made, 0.0)
+    assert own.tensors_digest in one.keep({own.tensors_digest})
+    assert own.tensors_digest not in one.keep({entry.tensors_digest for entry in made})
 
 
 def test_parents_of_the_lease_in_progress_are_kept() -> None:
@@ -631,7 +643,7 @@ def test_parents_of_the_lease_in_progress_are_kept() -> None:
     for author in (2, 3, 1, 2):
         later = successor((later,), author)
         one.receive([mine(later)], 1.0)
-    assert entry.tensors_digest in one.keep()
+    assert entry.tensors_digest in one.keep(frozenset())
 
 
 def test_harvest_wants_every_frontier() -> None:
