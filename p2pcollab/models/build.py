@@ -119,12 +119,18 @@ def _initial(spec: RunSpec, owner: str, blank: Mapping[str, Tensor]) -> dict[str
 
 
 def _initial_tensor(key: str, blank: Tensor) -> Tensor:
-    """Weights: uniform, with the variance of He et al. 2015; batch-norm scale and variance 1; the rest 0."""
+    """Weights: uniform with variance 1 / (3 fan-in), as PyTorch's own; batch-norm's scale and variance 1; the
+    rest 0.
+
+    A sixth of the variance of He et al. 2015. Under batch normalisation the scale of the weights changes no
+    output, but smaller weights turn further with each step, and short runs gain by it: 4.3 points for the
+    dense AlexNet, 5.0 for the grouped one (docs/results/method.md).
+    """
     if _is_momentum(key):
         return torch.zeros(blank.shape)
     if blank.ndim >= 2:
         fan_in = math.prod(blank.shape[1:])
-        return _uniform(key, blank.shape, math.sqrt(6 / fan_in))
+        return _uniform(key, blank.shape, math.sqrt(1 / fan_in))
     ones = key.endswith(("norm.weight", "running_var"))
     return torch.full(blank.shape, 1 if ones else 0, dtype=blank.dtype)
 

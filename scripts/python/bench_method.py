@@ -30,7 +30,12 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--data", help="where it comes from, as `p2pcollab new --data`; default: the name")
     parser.add_argument("--data-root", type=Path, help="where torchvision's sets are kept")
     parser.add_argument("--model", default="alexnet", help="network family")
-    parser.add_argument("--devices", type=int, help="default: one for each task, and one")
+    parser.add_argument("--devices", type=int, help="equally fast ones; default: one for each task, and one")
+    parser.add_argument(
+        "--speeds",
+        type=_speeds,
+        help="devices that are not equally fast: the speed of each in units of the slowest, as 6,1,1,1",
+    )
     parser.add_argument(
         "--partition",
         choices=("iid", "shared"),
@@ -70,11 +75,11 @@ def main() -> int:
     source = options.data or options.dataset
     probe = Configuration(
         dataset=options.dataset, source=source, root=options.data_root, model=options.model,
-        name=options.name, epochs=options.epochs, limit=options.limit, devices=options.devices or 0,
+        name=options.name, epochs=options.epochs, limit=options.limit, speeds=(),
         partition=options.partition, groups=options.groups, settings=settings,
     )  # fmt: skip
-    devices = options.devices or len(probe.spec(0).tasks) + 1
-    configuration = replace(probe, devices=devices)
+    equal = (1.0,) * (options.devices or len(probe.spec(0).tasks) + 1)
+    configuration = replace(probe, speeds=options.speeds or equal)
     options.results.mkdir(parents=True, exist_ok=True)
     seeds = [int(text) for text in options.seeds.split(",")]
     columns: dict[str, list[dict[str, Any]]] = {}
@@ -98,6 +103,7 @@ def main() -> int:
                 columns.setdefault(column, []).append(json.loads(path.read_text()))
     row = report.row(options.dataset, options.model, options.name, options.epochs, columns)
     row["partition"] = options.partition
+    row["speeds"] = configuration.speeds
     row["machine"] = next(result["machine"] for results in columns.values() for result in results)
     print(report.line(row))
     if options.json:
@@ -107,6 +113,13 @@ def main() -> int:
         if options.plot:
             report.plot(rows, options.plot)
     return 0
+
+
+def _speeds(text: str) -> tuple[float, ...]:
+    speeds = tuple(float(part) for part in text.split(","))
+    if not all(speed > 0 for speed in speeds):
+        raise argparse.ArgumentTypeError("speeds are greater than 0")
+    return speeds
 
 
 def _setting(text: str) -> tuple[str, float]:

@@ -36,6 +36,8 @@ _CENTRAL: Final[Mapping[str, Callable[..., Central]]] = {
 #: Steps of one timing, and how often the two networks take turns.
 _TIMED_STEPS: Final = 6
 _TURNS: Final = 5
+#: MAC/s of the slowest device. Only the ratios matter: no time is measured in the rehearsal.
+_SLOWEST_MACS_S: Final = 1e10
 
 
 def run_column(
@@ -85,9 +87,10 @@ def _assembled(
     configuration: Configuration, spec: RunSpec, seed: int, threads: int, on_progress: OnProgress
 ) -> dict[str, Any]:
     shared = configuration.partition == "shared"
+    count = len(configuration.speeds)
     devices = [
-        RehearsedDevice(speed=1e10, share=None if shared else Share(index + 1, configuration.devices))
-        for index in range(configuration.devices)
+        RehearsedDevice(speed=_SLOWEST_MACS_S * speed, share=None if shared else Share(index + 1, count))
+        for index, speed in enumerate(configuration.speeds)
     ]
     rehearsed = Rehearsal(
         spec,
@@ -108,12 +111,13 @@ def _assembled(
         "macs": sum(tally.macs for tally in rehearsed.devices),
         "devices": [
             {
+                "speed": speed,
                 "macs": tally.macs,
                 "samples": dict(tally.samples),
                 "sent_bytes": tally.sent_bytes,
                 "leases": tally.leases,
             }
-            for tally in rehearsed.devices
+            for speed, tally in zip(configuration.speeds, rehearsed.devices, strict=True)
         ],
         "discarded": rehearsed.discarded,
         "train_images": len(data.train),

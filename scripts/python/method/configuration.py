@@ -28,7 +28,8 @@ class Configuration:
     name: str
     epochs: float
     limit: int | None
-    devices: int
+    #: How fast each device is, in units of the slowest.
+    speeds: tuple[float, ...]
     #: `iid`: each device has its own equal part of the data; `shared`: everybody has all of them.
     partition: Literal["iid", "shared"]
     #: File with the tasks' classes, one task a line.
@@ -81,7 +82,7 @@ class Configuration:
             spec.pop("tasks")
         described: dict[str, Any] = {"spec": spec, "source": self.source, "limit": self.limit}
         if column == "D":
-            described |= {"devices": self.devices, "partition": self.partition}
+            described |= {"speeds": self.speeds, "partition": self.partition}
         digest = hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()
         return f"{self.dataset}-{self.model}-{column}-{seed}-{digest[:12]}"
 
