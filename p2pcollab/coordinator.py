@@ -29,9 +29,10 @@ from typing import Final
 
 from . import allotment, limits
 from .allotment import DeviceView, ShardView
+from .claims import Claims, Proof, Refusal
 from .holdings import Holdings, Want
 from .ledger import Contribution, Ledger, states_digest
-from .plans import Advert, Claim, CoordinatorSettings, JobPlan, RecordFields, ShardJob
+from .plans import Advert, Claim, CoordinatorSettings, JobPlan, RecordFields, ShardJob, Trial
 from .presence import BoardRecord, Presence, Sighting
 from .run import STEM, DeviceId, RunSpec, ShardId
 
@@ -43,8 +44,10 @@ __all__ = [
     "CoordinatorSettings",
     "JobPlan",
     "RecordFields",
+    "Refusal",
     "ShardJob",
     "Sighting",
+    "Trial",
     "Want",
 ]
 
@@ -91,6 +94,13 @@ class Coordinator:
         self._shards = spec.shards
         self._run_id = spec.run_id
         self._ledger = Ledger()
+        self._believed = Ledger()
+        self._claims = Claims(
+            device,
+            # A lease ends on a whole batch.
+            lease_samples_max=spec.schedule.lease_samples + spec.schedule.batch_size,
+            patience_s=settings.replication.write_off_s,
+        )
         self._presence = Presence(device, settings.silence_s)
         self._holdings = Holdings(device, settings.replication)
         self._beat = self._sequence = first_beat
@@ -98,7 +108,6 @@ class Coordinator:
         self._leases: tuple[ShardId, ...] = ()
         self._known_holders: dict[ShardId, frozenset[DeviceId]] = {}
         self._parents: frozenset[str] = frozenset()
-        self._rejected: set[str] = set()
         self._claimed_at = 0.0
         self._longest_lease_s = 0.0
         self._idle_since: float | None = None
@@ -118,10 +127,12 @@ class Coordinator:
                 self._beat = record.beat
                 self._sequence = max(self._sequence, record.lease_sequence)
         self._presence.observe(records[: limits.DEVICES_MAX], now)
+        self._believe(now)
 
     def hear(self, records: Sequence[BoardRecord], now: float) -> None:
         """Take in records of other devices that came by another way than a reading of the board."""
         self._presence.hear(records[: limits.DEVICES_MAX], now)
+        self._believe(now)
 
     def live(self, now: float) -> tuple[DeviceId, ...]:
         """The devices that are alive, this one included, sorted."""
@@ -148,9 +159,9 @@ class Coordinator:
             leases=self._leases,
             lease_sequence=self._sequence,
             progress=tuple(
-                (shard, self._ledger.generation(shard), samples)
+                (shard, self._believed.generation(shard), samples)
                 for shard in self._shards
-                if (samples := self._ledger.samples(shard)) > 0
+                if (samples := self._believed.samples(shard)) > 0
             ),
         )
 
@@ -171,13 +182,18 @@ class Coordinator:
 
     @property
     def ledger(self) -> Ledger:
-        """All contributions that this device has heard of."""
+        """All contributions that this device has heard of: what gossip makes equal on all devices."""
         return self._ledger
+
+    @property
+    def believed(self) -> Ledger:
+        """Those of them that count: leases start from them, and assemblies are made of them (`claims`)."""
+        return self._believed
 
     @property
     def complete(self) -> bool:
         """Whether every shard has seen its budget."""
-        return self._ledger.complete(self.spec)
+        return self._believed.complete(self.spec)
 
     def receive(self, contributions: Iterable[Contribution], now: float) -> tuple[Contribution, ...]:
         """Take in contributions: of peers (their signatures verified), own ones, or those of the store.
@@ -189,27 +205,78 @@ class Coordinator:
         for contribution in contributions:
             if contribution.run_id != self._run_id or contribution.shard not in self._shards:
                 continue
-            if contribution.tensors_digest in self._rejected:
-                continue
             held = new.get(contribution.key) or self._ledger.get(*contribution.key)
+            if held is not None:
+                self.convict((held, contribution))
             if held is None or contribution.newer_than(held):
-                self._holdings.notice(contribution, held, now)
+                self._claims.hear(contribution, now)
                 new[contribution.key] = contribution
         self._ledger = self._ledger.add_all(new.values())
+        self._believe(now)
         return tuple(new.values())
 
-    def reject(self, digest: str) -> None:
-        """Tensors were fetched and found unacceptable: their contribution leaves the ledger for good.
+    def _believe(self, now: float) -> None:
+        """Let in what was held back and is not any more."""
+        believed = self._claims.settle(frozenset(self.live(now)), now)
+        for contribution in believed:
+            held = self._believed.get(*contribution.key)
+            if held is None or contribution.newer_than(held):
+                self._holdings.notice(contribution, held, now)
+        self._believed = self._believed.add_all(believed)
 
-        It may have claimed to contain others; these count again.
-        """
-        self._rejected.add(digest)
-        for entry in self._ledger.entries.values():
-            if entry.tensors_digest == digest:
+    def _disbelieve(self, contributions: Iterable[Contribution]) -> None:
+        """These no longer count. What they had claimed to contain counts again."""
+        for entry in contributions:
+            if self._believed.get(*entry.key) == entry:
                 earlier = self._holdings.restore(entry)
-                self._ledger = self._ledger.without(entry)
+                self._believed = self._believed.without(entry)
                 if earlier is not None:
-                    self._ledger = self._ledger.add(earlier)
+                    self._believed = self._believed.add(earlier)
+
+    def refuse(self, contribution: Contribution) -> None:
+        """A contribution's tensors were fetched and found unacceptable: it does not count any more.
+
+        It stays in the ledger, so that nobody brings it again.
+        """
+        self._disbelieve([contribution])
+
+    def refusals(self) -> tuple[Refusal, ...]:
+        """Contributions whose claims were found to be wrong since the last call, for people."""
+        return self._claims.take_refusals()
+
+    def convict(self, proof: Proof) -> bool:
+        """Look at what is said to prove that a device lies; whether that is so, and news."""
+        if not self._claims.witness(*proof):
+            return False
+        self._disbelieve(proof)
+        return True
+
+    def distrusts(self, device: DeviceId) -> bool:
+        """Whether a device was caught equivocating: nothing that it makes counts any more."""
+        return self._claims.distrusts(device)
+
+    @property
+    def proofs(self) -> tuple[Proof, ...]:
+        """What proves that devices equivocate: to be passed on to all, and kept."""
+        return self._claims.proofs
+
+    def trial(self, contribution: Contribution, held: AbstractSet[str], now: float) -> Trial:
+        """What to compare a contribution's tensors with, now that they are here.
+
+        With what this device would go on from without it; on the newest stem that it has, because that is
+        the one that the branch would be used with.
+        """
+        shard = contribution.shard
+        reference = self._holdings.without(self._believed, contribution, held)
+        newest = max((entry.generation for entry in reference), default=0)
+        record = self._presence.live(now).get(contribution.device)
+        return Trial(
+            contribution=contribution,
+            reference=reference,
+            stem=() if shard == STEM else self.obtainable(STEM, held, now),
+            behind=max(0, newest - contribution.generation),
+            class_counts=tuple(record.class_counts) if record is not None else None,
+        )
 
     def forget(self, devices: Collection[DeviceId]) -> None:
         """Devices were shut out of the run: their leases are vacant, and their contributions leave the
@@ -219,11 +286,15 @@ class Coordinator:
         lost. So all devices drop the same, whatever each had heard before it heard of this.
         """
         self._presence.drop(devices)
-        entries = self._ledger.entries.values()
-        self._ledger = Ledger(entry for entry in entries if entry.device not in devices)
-        for entry in entries:
-            if entry.device in devices:
-                self._holdings.restore(entry)
+        gone = [entry for entry in self._ledger.entries.values() if entry.device in devices]
+        self._ledger = Ledger(
+            entry for entry in self._ledger.entries.values() if entry.device not in devices
+        )
+        self._believed = Ledger(
+            entry for entry in self._believed.entries.values() if entry.device not in devices
+        )
+        for entry in gone:
+            self._holdings.restore(entry)
 
     # --- work ---
 
@@ -314,7 +385,7 @@ class Coordinator:
 
         When it no longer does, stop the trainer and call `abandoned`.
         """
-        return any(self._ledger.samples(shard) < self.spec.budget(shard) for shard in self._leases)
+        return any(self._believed.samples(shard) < self.spec.budget(shard) for shard in self._leases)
 
     def finished(self, now: float) -> None:
         """The lease is trained, and its contributions were received: release it."""
@@ -350,18 +421,18 @@ class Coordinator:
     def _start(
         self, shard: ShardId, held: AbstractSet[str], live: AbstractSet[DeviceId], now: float
     ) -> tuple[Contribution, ...]:
-        return self._holdings.start(self._ledger, shard, held, live, now)
+        return self._holdings.start(self._believed, shard, held, live, now)
 
     def _shard_job(
         self, shard: ShardId, parents: tuple[Contribution, ...], held: AbstractSet[str], now: float
     ) -> ShardJob:
-        written_off = list(self._holdings.written_off(self._ledger, shard, held, now))
-        own = self._ledger.get(shard, self.device)
+        written_off = list(self._holdings.written_off(self._believed, shard, held, now))
+        own = self._believed.get(shard, self.device)
         if own is not None and own.tensors_digest not in held and own not in written_off:
             # This device has lost its own work, say to a damaged disk. Its count must rise all the same:
             # to use a count for two different contributions is equivocation.
             written_off.append(own)
-        samples = self._ledger.samples(shard)
+        samples = self._believed.samples(shard)
         return ShardJob(
             shard=shard,
             parents=parents,
@@ -374,21 +445,21 @@ class Coordinator:
         """Samples of a lease: whole batches, rounded down before the gate and up before the end."""
         batch = self.spec.schedule.batch_size
         samples = min(self.spec.schedule.lease_samples, need)
-        gated = STEM not in self._leases and self._ledger.samples(STEM) < self.spec.budget(STEM)
+        gated = STEM not in self._leases and self._believed.samples(STEM) < self.spec.budget(STEM)
         if gated and samples >= batch:
             return samples // batch * batch
         return -(-samples // batch) * batch
 
     def _samples(self) -> Mapping[ShardId, int]:
-        return {shard: self._ledger.samples(shard) for shard in self._shards}
+        return {shard: self._believed.samples(shard) for shard in self._shards}
 
     def _shard_views(self) -> list[ShardView]:
         return [
             ShardView(
                 shard=shard,
-                samples=self._ledger.samples(shard),
-                generation=self._ledger.generation(shard),
-                visits=self._ledger.seen(shard),
+                samples=self._believed.samples(shard),
+                generation=self._believed.generation(shard),
+                visits=self._believed.seen(shard),
             )
             for shard in self._shards
         ]
@@ -466,13 +537,13 @@ class Coordinator:
                 start = self._start(shard, held, live, now)
                 wants += self._holdings.want(start, held, live, now, needed=True)
         named = {want.digest for want in wants}
-        quota = self._holdings.quota(self._ledger, self._shards, live, now)
+        quota = self._holdings.quota(self._believed, self._shards, live, now)
         replicas = self._holdings.want(quota, held, live, now, needed=False)
         return (*wants, *(want for want in replicas if want.digest not in named))
 
     def harvest(self, held: AbstractSet[str], now: float) -> tuple[Want, ...]:
         """Tensors to fetch before the global model can be put together: every frontier."""
-        entries = [entry for shard in self._shards for entry in self._ledger.frontier(shard)]
+        entries = [entry for shard in self._shards for entry in self._believed.frontier(shard)]
         return tuple(self._holdings.want(entries, held, frozenset(self.live(now)), now, needed=True))
 
     def obtainable(self, shard: ShardId, held: AbstractSet[str], now: float) -> tuple[Contribution, ...]:
@@ -498,4 +569,4 @@ class Coordinator:
         """Digests that must not be thrown away: frontiers, what came before them, the newest of what is held,
         and the lease's parents.
         """
-        return self._parents | self._holdings.keep(self._ledger, self._shards, held)
+        return self._parents | self._holdings.keep(self._believed, self._shards, held)

@@ -109,6 +109,13 @@ class Holdings:
                 known.append(earlier)
         return known
 
+    def without(
+        self, ledger: Ledger, contribution: Contribution, held: AbstractSet[str]
+    ) -> tuple[Contribution, ...]:
+        """What a shard could be merged of here if a contribution had never been made."""
+        known = self._known(ledger, contribution.shard)
+        return frontier_of(entry for entry in known if entry != contribution and entry.tensors_digest in held)
+
     def start(
         self, ledger: Ledger, shard: ShardId, held: AbstractSet[str], live: AbstractSet[DeviceId], now: float
     ) -> tuple[Contribution, ...]:

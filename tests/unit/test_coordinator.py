@@ -506,15 +506,16 @@ def test_only_what_is_new_is_passed_on() -> None:
     assert one.receive([second, first], 0.0) == ()
 
 
-def test_rejected_contribution_leaves_and_does_not_come_back() -> None:
+def test_refused_contribution_leaves_and_does_not_come_back() -> None:
     one = coordinator()
     honest = mine(contribution(1))
-    greedy = mine(contribution(1, {0: 10**6, 1: 10**6}, generation=2))
+    poison = mine(successor((honest,), 1))
     one.receive([honest], 0.0)
-    one.receive([greedy], 1.0)
-    one.reject(greedy.tensors_digest)
-    assert one.ledger.frontier(T0) == (honest,)
-    assert one.receive([greedy], 2.0) == ()
+    one.receive([poison], 1.0)
+    one.refuse(poison)
+    assert one.believed.frontier(T0) == (honest,)
+    assert one.receive([poison], 2.0) == ()
+    assert one.believed.frontier(T0) == (honest,)
 
 
 def test_states_of_a_device() -> None:
