@@ -265,6 +265,7 @@ class Gossip:
             except PeerError as error:
                 session.warn("store", f"a stored contribution is damaged and was left out: {error}")
         known = [entry for entry in known if entry.device not in session.forgotten]
+        session.coordinator.forget(session.forgotten)
         session.coordinator.receive(known, session.clock())
         session.coordinator.refusals()  # told of in an earlier life
         self._learn_authors(known)
@@ -503,14 +504,10 @@ class Gossip:
         return peer
 
     async def _passes(self, want: Want, data: bytes) -> bool:
-        """Whether tensors may be merged; otherwise the contribution that names them is refused."""
+        """Try tensors; whether they count. If they do not, neither does the contribution that names them."""
         session = self._session
         now = session.clock()
-        entries = [
-            entry
-            for entry in session.coordinator.believed.of_shard(want.shard)
-            if entry.tensors_digest == want.digest and entry.device != session.device
-        ]
+        entries = session.coordinator.named(want.shard, want.digest)
         held = session.store.digests() - self.fetching.keys()
         trials = [session.coordinator.trial(entry, held, now) for entry in entries]
 
@@ -520,8 +517,12 @@ class Gossip:
 
         verdicts = await session.trainer.check(trials, read)
         session.counters.training_macs += verdicts.macs
-        for entry, reason in zip(entries, verdicts.reasons, strict=True):
-            if reason is not None:
-                session.coordinator.refuse(entry)
-                self._refuse(entry, reason)
-        return not any(verdicts.reasons)
+        known = session.coordinator.opinions
+        for entry, verdict in zip(entries, verdicts.found, strict=True):
+            session.coordinator.judged(entry, verdict)
+            if verdict is not None:
+                self._refuse(entry, verdict.reason)
+        self._tell_refusals()
+        if session.coordinator.opinions != known:
+            session.store.set_meta({"opinions": session.coordinator.opinions})
+        return not entries or any(verdict is None or not verdict.gross for verdict in verdicts.found)

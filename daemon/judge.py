@@ -23,8 +23,8 @@ from ..judging import (
     compare,
     draw,
     guesses,
+    judge_loss,
     losses_by_example,
-    reason_to_refuse_loss,
 )
 from ..ledger import Contribution, states_digest
 from ..merging import STALENESS_DISCOUNT, STALENESS_MAX
@@ -32,6 +32,7 @@ from ..models import initial_shard
 from ..plans import Trial
 from ..run import STEM, RunSpec, ShardId
 from ..shards import ShardTensors
+from ..trust import Verdict
 
 Decode = Callable[[Contribution], ShardTensors]
 
@@ -58,12 +59,12 @@ class Judge:
         #: What trying has cost since it was last read.
         self.macs = 0
 
-    def reason_to_refuse(self, trial: Trial, tensors: ShardTensors, decode: Decode) -> str | None:
-        """Why a contribution's tensors must not be merged, as far as this device's examples tell."""
+    def verdict(self, trial: Trial, tensors: ShardTensors, decode: Decode) -> Verdict | None:
+        """Why a contribution's tensors should not be built on, as far as this device's examples tell."""
         found = self.compare(trial, tensors, decode)
         if found is None:
             return None
-        return reason_to_refuse_loss(found, STALENESS_DISCOUNT ** min(trial.behind, STALENESS_MAX))
+        return judge_loss(found, STALENESS_DISCOUNT ** min(trial.behind, STALENESS_MAX))
 
     def compare(self, trial: Trial, tensors: ShardTensors, decode: Decode) -> Comparison | None:
         """Its losses and its reference's; None if this device cannot judge."""

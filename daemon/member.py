@@ -128,6 +128,7 @@ class Member:
         self._worker_done = anyio.Event()
         self._publishing = anyio.Lock()
         self.gossip.restore_proofs(run_store.meta().get("proofs"))
+        self.session.coordinator.restore_opinions(run_store.meta().get("opinions"))
         self.gossip.restore(run_store.load_contributions())
         session.refusals.extend(
             event for event in events.after(0) if event.kind == "refused" and "shard" in event.fields

@@ -23,6 +23,7 @@ from ..ledger import Contribution
 from ..plans import Trial
 from ..run import STEM, RunSpec, ShardId
 from ..simulation import Device, DevicePlan, Scenario, Simulation
+from ..trust import Verdict
 from ..wire import encode_contribution, sign_contribution
 from .trainer import trial_fields
 from .workshop import Workshop
@@ -213,12 +214,12 @@ class Rehearsal:
             self._on_lease(min(1.0, done / self._budget))
         return tuple(made)
 
-    def check(self, device: Device, trial: Trial) -> str | None:
+    def check(self, device: Device, trial: Trial) -> Verdict | None:
         """See `simulation.Training`."""
         checked = self._workshops[device.index].check({"trials": [trial_fields(trial)]}, self._blobs)
         self._spent[device.index].macs += checked["macs"]
-        reason: str | None = checked["reasons"][0]
-        return reason
+        (told,) = checked["verdicts"]
+        return None if told is None else Verdict(**told)
 
     def discard(self, device: Device, plan: JobPlan, fraction: float) -> None:
         """See `simulation.Training`."""
@@ -243,6 +244,7 @@ class Rehearsal:
             tensors_bytes=len(trained["data"]),
             loss=trained["loss"],
             accuracy=trained["accuracy"],
+            distrusts=device.coordinator.accused,
         )
 
     def _macs(self, device: Device, plan: JobPlan) -> int:

@@ -23,6 +23,7 @@ from ..errors import P2PCollabError, StorageError
 from ..ledger import Contribution
 from ..plans import Trial
 from ..run import RunSpec, ShardId
+from ..trust import Verdict
 from ..wire import encode_contribution
 from .error_fields import error_from_fields
 from .frames import BrokenFrame, Fields, encode_frame, receive_frame
@@ -163,8 +164,8 @@ class ModelScore:
 class Verdicts:
     """What the trainer thinks of some contributions."""
 
-    #: Why each must not be merged; None: it may.
-    reasons: tuple[str | None, ...]
+    #: What is wrong with each; None: nothing.
+    found: tuple[Verdict | None, ...]
     macs: int
 
 
@@ -344,7 +345,8 @@ class Trainer:
         ]
         fields = {"trials": [trial_fields(trial) for trial in trials]}
         reply = await self._ask("check", fields, list(dict.fromkeys(digests)), read)
-        return Verdicts(reasons=tuple(reply["reasons"]), macs=reply["macs"])
+        found = (None if one is None else Verdict(**one) for one in reply["verdicts"])
+        return Verdicts(found=tuple(found), macs=reply["macs"])
 
     async def assemble(
         self, frontiers: Mapping[ShardId, Sequence[Contribution]], read: ReadShard

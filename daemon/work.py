@@ -255,6 +255,7 @@ class Worker:
                     tensors_bytes=len(trained.data),
                     loss=trained.loss,
                     accuracy=trained.accuracy,
+                    distrusts=session.coordinator.accused,
                 )
             )
         await self._stored(partial(self._enter, made))

@@ -31,6 +31,7 @@ from ..run import STEM, InputSpec, RunSpec, Schedule, ShardId, TaskSpec
 from ..screen import reason_to_refuse_tensors
 from ..shards import ShardTensors, decode_shard, encode_shard
 from ..training import LeaseResult, evaluate_shards, log_probabilities, train_branches, train_stem
+from ..trust import Verdict
 from ..wire import decode_contribution
 from .frames import Fields
 from .judge import Judge
@@ -164,21 +165,22 @@ class Workshop:
         return {"shards": {}, "samples": 0, "macs": 0, "seconds": 0.0, "peak_rss_bytes": peak_rss_bytes()}
 
     def check(self, fields: Fields, blobs: Blobs) -> Fields:
-        """Reasons why shards must not be merged, and the MACs that trying them has cost."""
+        """What is wrong with shards, and the MACs that trying them has cost."""
         spec, judge, decode = self._setting.spec, self._setting.judge, self._decoder(blobs)
-        reasons: list[str | None] = []
+        verdicts: list[Fields | None] = []
         spent = judge.macs
         for told in fields["trials"]:
             try:
                 trial = self._trial(told)
                 tensors = decode(trial.contribution)
             except PeerError as error:
-                reasons.append(error.what)
+                verdicts.append({"reason": error.what, "gross": True})
                 continue
             initial = initial_shard(spec, trial.contribution.shard)
             reason = reason_to_refuse_tensors(tensors, initial)
-            reasons.append(reason or judge.reason_to_refuse(trial, tensors, decode))
-        return {"reasons": reasons, "macs": judge.macs - spent}
+            found = Verdict(reason=reason, gross=True) if reason else judge.verdict(trial, tensors, decode)
+            verdicts.append(None if found is None else {"reason": found.reason, "gross": found.gross})
+        return {"verdicts": verdicts, "macs": judge.macs - spent}
 
     def _trial(self, told: Fields) -> Trial:
         run_id = self._setting.spec.run_id

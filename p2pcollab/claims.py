@@ -16,7 +16,7 @@ Its device equivocates: it has signed two contributions with one and the same co
 count is never used twice, so the two together are proof, to everybody, that their maker breaks the
 protocol. Neither is believed, and nothing that it makes afterwards.
 
-Its tensors were looked at, and refused.
+Its tensors were looked at, and are grossly wrong; or its device is distrusted (`trust`).
 """
 
 from __future__ import annotations
@@ -83,6 +83,8 @@ class Claims:
         self._granted: dict[Key, int] = {}
         self._held_back: dict[Key, _HeldBack] = {}
         self._proofs: dict[DeviceId, Proof] = {}
+        #: Devices whose entries have left the ledger with what they had signed.
+        self._forgotten: set[DeviceId] = set()
         self._refusals: list[Refusal] = []
 
     @property
@@ -107,6 +109,10 @@ class Claims:
         reason = f"its device has signed another one with the same count of {own_count(other)} samples"
         self._refusals.append(Refusal(contribution=other, reason=reason))
         return True
+
+    def forget(self, devices: AbstractSet[DeviceId]) -> None:
+        """Devices were shut out, and their entries dropped: what others have built on them still counts."""
+        self._forgotten |= devices
 
     def hear(self, contribution: Contribution, now: float) -> None:
         """A contribution is new to this device's ledger. Whether it is believed, `settle` tells."""
@@ -133,7 +139,8 @@ class Claims:
         excess = [
             (other, count)
             for other, count in held.contribution.seen
-            if count > max(self._signed.get((shard, other), 0), self._granted.get((shard, other), 0))
+            if other not in self._forgotten
+            and count > max(self._signed.get((shard, other), 0), self._granted.get((shard, other), 0))
         ]
         if not excess or now - held.since <= self._patience_s:
             return not excess

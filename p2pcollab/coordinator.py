@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import enum
 import random
+from collections import deque
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from typing import Final
@@ -35,6 +36,7 @@ from .ledger import Contribution, Ledger, states_digest
 from .plans import Advert, Claim, CoordinatorSettings, JobPlan, RecordFields, ShardJob, Trial
 from .presence import BoardRecord, Presence, Sighting
 from .run import STEM, DeviceId, RunSpec, ShardId
+from .trust import Opinions, Verdict, accused, outvoted
 
 __all__ = [
     "Advert",
@@ -94,7 +96,13 @@ class Coordinator:
         self._shards = spec.shards
         self._run_id = spec.run_id
         self._ledger = Ledger()
+        #: Whose claims hold and whose tensors are not grossly wrong.
+        self._holding = Ledger()
+        #: Those without what devices have made that do not count.
         self._believed = Ledger()
+        self._opinions = Opinions()
+        self._outvoted: frozenset[DeviceId] = frozenset()
+        self._suspended: deque[Refusal] = deque(maxlen=limits.REFUSALS_SHOWN_MAX)
         self._claims = Claims(
             device,
             # A lease ends on a whole batch.
@@ -211,7 +219,10 @@ class Coordinator:
             if held is None or contribution.newer_than(held):
                 self._claims.hear(contribution, now)
                 new[contribution.key] = contribution
-        self._ledger = self._ledger.add_all(new.values())
+        before = self._ledger
+        self._ledger = before.add_all(new.values())
+        if self._outvoted or any(entry.distrusts for entry in new.values()):
+            self._outvoted = outvoted(self._ledger)
         self._believe(now)
         return tuple(new.values())
 
@@ -219,30 +230,64 @@ class Coordinator:
         """Let in what was held back and is not any more."""
         believed = self._claims.settle(frozenset(self.live(now)), now)
         for contribution in believed:
-            held = self._believed.get(*contribution.key)
+            held = self._holding.get(*contribution.key)
             if held is None or contribution.newer_than(held):
                 self._holdings.notice(contribution, held, now)
-        self._believed = self._believed.add_all(believed)
+            if self.distrusts(contribution.device):
+                reason = self._opinions.reason(contribution.device) or "most devices distrust its device"
+                self._suspended.append(Refusal(contribution=contribution, reason=reason))
+        self._holding = self._holding.add_all(believed)
+        self._count()
+
+    def _count(self) -> None:
+        """What counts now. A device counts its own work, whatever others say, or it would use a count twice."""
+        out = (self._outvoted | self._opinions.distrusted) - {self.device}
+        self._believed = self._holding.without_devices(out) if out else self._holding
 
     def _disbelieve(self, contributions: Iterable[Contribution]) -> None:
         """These no longer count. What they had claimed to contain counts again."""
         for entry in contributions:
-            if self._believed.get(*entry.key) == entry:
+            if self._holding.get(*entry.key) == entry:
                 earlier = self._holdings.restore(entry)
-                self._believed = self._believed.without(entry)
+                self._holding = self._holding.without(entry)
                 if earlier is not None:
-                    self._believed = self._believed.add(earlier)
+                    self._holding = self._holding.add(earlier)
+        self._count()
 
-    def refuse(self, contribution: Contribution) -> None:
-        """A contribution's tensors were fetched and found unacceptable: it does not count any more.
+    def judged(self, contribution: Contribution, verdict: Verdict | None) -> None:
+        """A contribution's tensors were tried.
 
-        It stays in the ledger, so that nobody brings it again.
+        What is grossly wrong does not count any more; what is only refused is not built on here. It stays in
+        the ledger, so that nobody brings it again.
         """
-        self._disbelieve([contribution])
+        caught = self._opinions.judge(contribution, verdict)
+        if verdict is not None and verdict.gross:
+            self._disbelieve([contribution])
+        if caught:
+            reason = f"its device is distrusted: {self._opinions.reason(contribution.device)}"
+            self._suspended.append(Refusal(contribution=contribution, reason=reason))
+            self._count()
+
+    @property
+    def accused(self) -> tuple[DeviceId, ...]:
+        """Devices that this one has caught lying, to be named in its contributions."""
+        return accused(self._opinions.distrusted)
+
+    @property
+    def opinions(self) -> dict[str, list[list[str]]]:
+        """What this device has refused and whom it distrusts, to be kept over a restart."""
+        return self._opinions.to_json()
+
+    def restore_opinions(self, kept: object) -> None:
+        """Take back `opinions` of an earlier life."""
+        self._opinions.restore(kept)
+        self._count()
 
     def refusals(self) -> tuple[Refusal, ...]:
-        """Contributions whose claims were found to be wrong since the last call, for people."""
-        return self._claims.take_refusals()
+        """Contributions that were found not to count since the last call, for people."""
+        told = (*self._claims.take_refusals(), *self._suspended)
+        self._suspended.clear()
+        return told
 
     def convict(self, proof: Proof) -> bool:
         """Look at what is said to prove that a device lies; whether that is so, and news."""
@@ -252,13 +297,20 @@ class Coordinator:
         return True
 
     def distrusts(self, device: DeviceId) -> bool:
-        """Whether a device was caught equivocating: nothing that it makes counts any more."""
-        return self._claims.distrusts(device)
+        """Whether nothing that a device makes counts: it was caught here, or most have caught it."""
+        return device != self.device and (
+            self._claims.distrusts(device) or device in self._outvoted or device in self._opinions.distrusted
+        )
 
     @property
     def proofs(self) -> tuple[Proof, ...]:
         """What proves that devices equivocate: to be passed on to all, and kept."""
         return self._claims.proofs
+
+    def named(self, shard: ShardId, digest: str) -> tuple[Contribution, ...]:
+        """The contributions of others to a shard that are known to have these tensors."""
+        found = self._holdings.named(self._holding, shard, digest)
+        return tuple(entry for entry in found if entry.device != self.device)
 
     def trial(self, contribution: Contribution, held: AbstractSet[str], now: float) -> Trial:
         """What to compare a contribution's tensors with, now that they are here.
@@ -267,13 +319,17 @@ class Coordinator:
         the one that the branch would be used with.
         """
         shard = contribution.shard
-        reference = self._holdings.without(self._believed, contribution, held)
+        reference = self._holdings.without(self._believed, contribution, held, self._opinions.shunned)
+        stem: tuple[Contribution, ...] = ()
+        if shard != STEM:
+            start = self._start(STEM, held, frozenset(self.live(now)), now)
+            stem = tuple(entry for entry in start if entry.tensors_digest in held)
         newest = max((entry.generation for entry in reference), default=0)
         record = self._presence.live(now).get(contribution.device)
         return Trial(
             contribution=contribution,
             reference=reference,
-            stem=() if shard == STEM else self.obtainable(STEM, held, now),
+            stem=stem,
             behind=max(0, newest - contribution.generation),
             class_counts=tuple(record.class_counts) if record is not None else None,
         )
@@ -287,14 +343,13 @@ class Coordinator:
         """
         self._presence.drop(devices)
         gone = [entry for entry in self._ledger.entries.values() if entry.device in devices]
-        self._ledger = Ledger(
-            entry for entry in self._ledger.entries.values() if entry.device not in devices
-        )
-        self._believed = Ledger(
-            entry for entry in self._believed.entries.values() if entry.device not in devices
-        )
+        self._ledger = self._ledger.without_devices(frozenset(devices))
+        self._holding = self._holding.without_devices(frozenset(devices))
         for entry in gone:
             self._holdings.restore(entry)
+        self._claims.forget(frozenset(devices))
+        self._outvoted = outvoted(self._ledger) if self._outvoted else self._outvoted
+        self._count()
 
     # --- work ---
 
@@ -421,7 +476,7 @@ class Coordinator:
     def _start(
         self, shard: ShardId, held: AbstractSet[str], live: AbstractSet[DeviceId], now: float
     ) -> tuple[Contribution, ...]:
-        return self._holdings.start(self._believed, shard, held, live, now)
+        return self._holdings.start(self._believed, shard, held, live, now, self._opinions.shunned)
 
     def _shard_job(
         self, shard: ShardId, parents: tuple[Contribution, ...], held: AbstractSet[str], now: float
@@ -477,7 +532,14 @@ class Coordinator:
             started=self._phase in (_Phase.HELD, _Phase.TRAINING),
             works=self.advert.works,
         )
-        return [own, *(self._view(record, now) for record in self._presence.live(now).values())]
+        return [
+            own,
+            *(
+                self._view(record, now)
+                for record in self._presence.live(now).values()
+                if not self.distrusts(DeviceId(record.device))
+            ),
+        ]
 
     def _view(self, record: BoardRecord, now: float) -> DeviceView:
         device = DeviceId(record.device)
@@ -547,8 +609,11 @@ class Coordinator:
         return tuple(self._holdings.want(entries, held, frozenset(self.live(now)), now, needed=True))
 
     def obtainable(self, shard: ShardId, held: AbstractSet[str], now: float) -> tuple[Contribution, ...]:
-        """What a shard can be merged of here: its frontier, or what came before where that is lost."""
-        start = self._start(shard, held, frozenset(self.live(now)), now)
+        """What a shard is assembled of here: its frontier, or what came before where that is lost.
+
+        What this device does not build on is part of it, or devices would assemble different models.
+        """
+        start = self._holdings.start(self._believed, shard, held, frozenset(self.live(now)), now)
         return tuple(entry for entry in start if entry.tensors_digest in held)
 
     def refused(self, digest: str, device: DeviceId, now: float) -> None:

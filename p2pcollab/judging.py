@@ -3,8 +3,11 @@
 A device tries the tensors that it has fetched on examples that nobody trains on, and compares the loss,
 example by example, with that of the state that it would go on from without them. Honest leases make it
 better most of the time and worse sometimes: at a high learning rate, or on data that are unlike this
-device's. So there is a margin, and the mean must exceed it by more than chance explains. What is refused is
-what no honest lease does.
+device's. So there is a margin, and the mean must exceed it by more than chance explains.
+
+A device builds on nothing that it refuses. That is its own affair: two devices may differ in it. What is
+*gross* is another matter: it does not count any more, in progress and in what is assembled. Whoever can judge
+sees the same there, and no honest lease comes near it.
 
 A device can only judge what it has examples of. Without some of a task's own classes and some of others it
 accepts what is within the bounds of `screen`.
@@ -27,6 +30,7 @@ from .lease import Batches, autocast_for
 from .run import STEM, RunSpec, ShardId
 from .shards import restore_aux_head, restore_branch, restore_stem
 from .training import local_labels
+from .trust import Verdict
 
 #: Examples of a task's own classes, and of others, that one contribution is tried on. With 64 of each the
 #: mean difference has a standard error of a few hundredths; trying costs as much as training 40 examples.
@@ -39,13 +43,18 @@ OTHERS_MIN: Final = 4
 #: that has moved on from the one that they were trained on. In a run on CIFAR-10, 6 of 106 honest
 #: contributions were clearly worse, all of them first leases.
 EARLY: Final = 0.25
-#: How much worse than the reference an honest contribution may be: so much, and this part of its loss. With
-#: 0.03 and 0.2 and two errors, 8 of 104 honest contributions were refused in a run on the digits whose
-#: devices judged by 35 examples each.
-MARGIN: Final = 0.1
-MARGIN_PART: Final = 0.2
-#: Standard errors by which the difference must exceed the margin.
-ERRORS: Final = 3.0
+#: How much worse than the reference a contribution may be that a device builds on: so much, and this part of
+#: its loss, beyond so many standard errors.
+MARGIN: Final = 0.05
+MARGIN_PART: Final = 0.1
+ERRORS: Final = 2.0
+#: The same for what is gross.
+GROSS_MARGIN: Final = 0.5
+GROSS_MARGIN_PART: Final = 1.0
+GROSS_ERRORS: Final = 3.0
+#: Late work counts for little in a merge, so that it may be as much worse; but not for more than this many
+#: times the margin.
+LEAST_WEIGHT: Final = 0.25
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,20 +171,27 @@ def compare(candidate_N: Tensor, reference_N: Tensor, sample: Sample) -> Compari
     )
 
 
-def reason_to_refuse_loss(found: Comparison, weight: float) -> str | None:
-    """Why a contribution is too bad to be merged, if it is.
+def judge_loss(found: Comparison, weight: float) -> Verdict | None:
+    """Why a contribution is too bad to be built on, if it is, and whether grossly so.
 
     Args:
-        weight: what it counts for in a merge against the reference, 0..1: late work, which counts for little,
-            may be as much worse.
+        weight: what it counts for in a merge against the reference, 0..1.
     """
-    if math.isfinite(found.candidate):
-        if not math.isfinite(found.reference):
-            return None
-        excess = found.candidate - found.reference - ERRORS * found.error
-        if excess * weight <= MARGIN + MARGIN_PART * found.reference:
-            return None
-    return (
-        f"it is worse than what it would replace: a loss of {found.candidate:.3g} instead of "
-        f"{found.reference:.3g} on this device's own examples"
+    gross = _worse(found, GROSS_MARGIN, GROSS_MARGIN_PART, GROSS_ERRORS)
+    weight = max(weight, LEAST_WEIGHT)
+    if not gross and not _worse(found, MARGIN / weight, MARGIN_PART / weight, ERRORS):
+        return None
+    return Verdict(
+        reason=f"it is {'far ' if gross else ''}worse than what it would replace: a loss of "
+        f"{found.candidate:.3g} instead of {found.reference:.3g} on this device's own examples",
+        gross=gross,
     )
+
+
+def _worse(found: Comparison, margin: float, margin_part: float, errors: float) -> bool:
+    if not math.isfinite(found.candidate):
+        return True
+    if not math.isfinite(found.reference):
+        return False
+    excess = found.candidate - found.reference - errors * found.error
+    return excess > margin + margin_part * found.reference

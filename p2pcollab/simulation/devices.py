@@ -460,19 +460,16 @@ class Device:
             self.look_again()
 
     def keep_tensors(self, digest: str) -> None:
-        """Tensors have come: keep them, unless they are refused."""
+        """Tensors have come: keep them, unless they do not count."""
         now = self.simulation.now
         entries = [
-            entry
-            for entry in self.coordinator.believed.entries.values()
-            if entry.tensors_digest == digest and entry.device != self.id
+            entry for shard in self.simulation.budget for entry in self.coordinator.named(shard, digest)
         ]
         trials = [self.coordinator.trial(entry, self.held, now) for entry in entries]
-        reasons = [self.simulation.training.check(self, trial) for trial in trials]
-        for entry, reason in zip(entries, reasons, strict=True):
-            if reason is not None:
-                self.coordinator.refuse(entry)
-        if not any(reasons):
+        verdicts = [self.simulation.training.check(self, trial) for trial in trials]
+        for entry, verdict in zip(entries, verdicts, strict=True):
+            self.coordinator.judged(entry, verdict)
+        if not verdicts or any(verdict is None or not verdict.gross for verdict in verdicts):
             self.disk.put_shard(digest)
 
     def look_again(self) -> None:

@@ -28,7 +28,7 @@ class Credulous(Claims):
 
 
 def _check_nothing(_self: Workshop, fields: dict[str, Sequence[object]], _blobs: object) -> dict[str, object]:
-    return {"reasons": [None] * len(fields["trials"]), "macs": 0}
+    return {"verdicts": [None] * len(fields["trials"]), "macs": 0}
 
 
 @contextmanager

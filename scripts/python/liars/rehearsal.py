@@ -19,12 +19,13 @@ from p2pcollab.coordinator import JobPlan, Trial
 from p2pcollab.daemon import judge
 from p2pcollab.daemon.rehearsal import Rehearsal
 from p2pcollab.errors import P2PCollabError
-from p2pcollab.judging import Comparison, reason_to_refuse_loss
+from p2pcollab.judging import Comparison, judge_loss
 from p2pcollab.ledger import Contribution
 from p2pcollab.models import initial_shard
 from p2pcollab.run import ShardId
 from p2pcollab.shards import ShardTensors, decode_shard, encode_shard
 from p2pcollab.simulation import Broken, Device, Scenario, Simulation
+from p2pcollab.trust import Verdict
 from p2pcollab.wire import sign_contribution
 
 from .attacks import CLAIMED_LEASES, ON_TENSORS
@@ -38,6 +39,8 @@ class Tally:
 
     tried: Counter[bool] = field(default_factory=Counter)
     refused: Counter[bool] = field(default_factory=Counter)
+    #: Of these, those that do not count any more.
+    gross: Counter[bool] = field(default_factory=Counter)
     #: Contributions that liars have made, and that some honest device has kept.
     lies: set[str] = field(default_factory=set)
     lies_kept: set[str] = field(default_factory=set)
@@ -98,7 +101,8 @@ class LyingRehearsal(Rehearsal):
     def run(self) -> Any:
         try:
             return super().run()
-        except Broken:
+        except Broken as broken:
+            self.tally.reasons[f"ended early: {broken}"] += 1
             # Under attack a run need not end: what there is, is assembled.
             self.incomplete = True
             self._simulation.run = lambda: self._simulation.outcome  # type: ignore[method-assign]
@@ -106,30 +110,41 @@ class LyingRehearsal(Rehearsal):
 
     # What the devices do
 
-    def check(self, device: Device, trial: Trial) -> str | None:
+    def check(self, device: Device, trial: Trial) -> Verdict | None:
         found: list[tuple[Comparison, float]] = []
 
-        def note(comparison: Comparison, weight: float) -> str | None:
+        def note(comparison: Comparison, weight: float) -> Verdict | None:
             found.append((comparison, weight))
-            return reason_to_refuse_loss(comparison, weight)
+            return judge_loss(comparison, weight)
 
-        with mock.patch.object(judge, "reason_to_refuse_loss", note):
-            reason = super().check(device, trial)
+        with mock.patch.object(judge, "judge_loss", note):
+            verdict = super().check(device, trial)
         author = self.devices.index(trial.contribution.device)
         if device.index not in self.liars:
             lies = author in self.liars
             self.tally.tried[lies] += 1
-            self.tally.refused[lies] += reason is not None
+            self.tally.refused[lies] += verdict is not None
+            self.tally.gross[lies] += verdict is not None and verdict.gross
             samples = sum(count for _, count in trial.contribution.seen)
             self.tally.comparisons += [
                 (lies, samples / self.spec.budget(trial.contribution.shard), *astuple(comparison), weight)
                 for comparison, weight in found
             ]
-            if reason is not None:
-                self.tally.reasons[reason.split(":")[0]] += 1
+            if verdict is not None:
+                self.tally.reasons[verdict.reason.split(":")[0]] += 1
             elif lies:
                 self.tally.lies_kept.add(trial.contribution.tensors_digest)
-        return reason
+        return verdict
+
+    def distrusted(self, *, lying: bool) -> int:
+        """Pairs of an honest device and one that it distrusts in the end."""
+        honest = [device for device in self._simulation.devices if device.index not in self.liars]
+        return sum(
+            device.coordinator.distrusts(other)
+            for device in honest
+            for index, other in enumerate(self.devices)
+            if (index in self.liars) == lying
+        )
 
     def train(self, device: Device, plan: JobPlan) -> tuple[Contribution, ...]:
         try:

@@ -121,10 +121,17 @@ def run(
         "simulated_s": rehearsed.seconds,
         "cpu_s": time.process_time() - started,
         "macs": sum(device.macs for device in rehearsed.devices),
-        "honest": {"tried": tally.tried[False], "refused": tally.refused[False]},
+        "honest": {
+            "tried": tally.tried[False],
+            "refused": tally.refused[False],
+            "gross": tally.gross[False],
+            "distrusted": rehearsal.distrusted(lying=False),
+        },
         "lying": {
             "tried": tally.tried[True],
             "refused": tally.refused[True],
+            "gross": tally.gross[True],
+            "distrusted": rehearsal.distrusted(lying=True),
             "made": len(tally.lies),
             "kept": len(tally.lies_kept),
         },
