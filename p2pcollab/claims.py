@@ -14,7 +14,8 @@ is not there any more. A liar gains little by that: one lease of each device tha
 
 Its device equivocates: it has signed two contributions with one and the same count of its own samples. A
 count is never used twice, so the two together are proof, to everybody, that their maker breaks the
-protocol. Neither is believed, and nothing that it makes afterwards.
+protocol. Neither is believed, and nothing that it makes afterwards. The same goes for two counts with the
+same tensors: training changes them.
 
 Its tensors were looked at, and are grossly wrong; or its device is distrusted (`trust`).
 """
@@ -54,13 +55,12 @@ def own_count(contribution: Contribution) -> int:
 def equivocation(one: Contribution, other: Contribution) -> bool:
     """Whether two contributions prove that their device breaks the protocol.
 
-    Of equal tensors there is nothing to gain, and a device that has lost its memory may make them again.
+    Two with one count tell two stories. Two with different counts and equal tensors are one lease's work
+    counted twice: even a lease that learns nothing counts its batches in the tensors. One and the same
+    contribution again, which a device that has lost its memory may make, is neither.
     """
-    return (
-        one.key == other.key
-        and one.tensors_digest != other.tensors_digest
-        and own_count(one) == own_count(other)
-    )
+    same_tensors = one.tensors_digest == other.tensors_digest
+    return one.key == other.key and same_tensors != (own_count(one) == own_count(other))
 
 
 class Claims:
@@ -106,7 +106,12 @@ class Claims:
         if one.device == self._device or one.device in self._proofs or not equivocation(one, other):
             return False
         self._proofs[one.device] = (one, other)
-        reason = f"its device has signed another one with the same count of {own_count(other)} samples"
+        what = (
+            f"the same count of {own_count(other)} samples"
+            if own_count(one) == own_count(other)
+            else "the same tensors"
+        )
+        reason = f"its device has signed another one with {what}"
         self._refusals.append(Refusal(contribution=other, reason=reason))
         return True
 
@@ -127,7 +132,7 @@ class Claims:
             author = held.contribution.device
             if author in self._proofs:
                 del self._held_back[key]
-                reason = "its device was caught signing two contributions with one count"
+                reason = "its device was caught signing two contributions that cannot both be true"
                 self._refusals.append(Refusal(contribution=held.contribution, reason=reason))
             elif author == self._device or self._allowed(held, live, now):
                 del self._held_back[key]

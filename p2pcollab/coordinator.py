@@ -100,6 +100,8 @@ class Coordinator:
         self._holding = Ledger()
         #: Those without what devices have made that do not count.
         self._believed = Ledger()
+        #: What this device builds on, but for single contributions that it refuses.
+        self._relied_on = Ledger()
         self._opinions = Opinions()
         self._outvoted: frozenset[DeviceId] = frozenset()
         self._suspended: deque[Refusal] = deque(maxlen=limits.REFUSALS_SHOWN_MAX)
@@ -234,15 +236,17 @@ class Coordinator:
             if held is None or contribution.newer_than(held):
                 self._holdings.notice(contribution, held, now)
             if self.distrusts(contribution.device):
-                reason = self._opinions.reason(contribution.device) or "most devices distrust its device"
+                reason = self._opinions.reason(contribution.device) or "other devices distrust its device"
                 self._suspended.append(Refusal(contribution=contribution, reason=reason))
         self._holding = self._holding.add_all(believed)
         self._count()
 
     def _count(self) -> None:
-        """What counts now. A device counts its own work, whatever others say, or it would use a count twice."""
-        out = (self._outvoted | self._opinions.distrusted) - {self.device}
+        """What counts now. Its own work a device always counts, or it would use a count twice."""
+        out = (self._outvoted | self._opinions.caught) - {self.device}
         self._believed = self._holding.without_devices(out) if out else self._holding
+        doubted = self._opinions.distrusted - out
+        self._relied_on = self._believed.without_devices(doubted) if doubted else self._believed
 
     def _disbelieve(self, contributions: Iterable[Contribution]) -> None:
         """These no longer count. What they had claimed to contain counts again."""
@@ -297,7 +301,7 @@ class Coordinator:
         return True
 
     def distrusts(self, device: DeviceId) -> bool:
-        """Whether nothing that a device makes counts: it was caught here, or most have caught it."""
+        """Whether this device does not rely on another one: it was caught, here or by several others."""
         return device != self.device and (
             self._claims.distrusts(device) or device in self._outvoted or device in self._opinions.distrusted
         )
@@ -319,7 +323,7 @@ class Coordinator:
         the one that the branch would be used with.
         """
         shard = contribution.shard
-        reference = self._holdings.without(self._believed, contribution, held, self._opinions.shunned)
+        reference = self._holdings.without(self._relied_on, contribution, held, self._opinions.shunned)
         stem: tuple[Contribution, ...] = ()
         if shard != STEM:
             start = self._start(STEM, held, frozenset(self.live(now)), now)
@@ -476,7 +480,7 @@ class Coordinator:
     def _start(
         self, shard: ShardId, held: AbstractSet[str], live: AbstractSet[DeviceId], now: float
     ) -> tuple[Contribution, ...]:
-        return self._holdings.start(self._believed, shard, held, live, now, self._opinions.shunned)
+        return self._holdings.start(self._relied_on, shard, held, live, now, self._opinions.shunned)
 
     def _shard_job(
         self, shard: ShardId, parents: tuple[Contribution, ...], held: AbstractSet[str], now: float

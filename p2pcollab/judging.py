@@ -49,9 +49,9 @@ MARGIN: Final = 0.05
 MARGIN_PART: Final = 0.1
 ERRORS: Final = 2.0
 #: The same for what is gross.
-GROSS_MARGIN: Final = 0.5
-GROSS_MARGIN_PART: Final = 1.0
-GROSS_ERRORS: Final = 3.0
+GROSS_MARGIN: Final = 1.0
+GROSS_MARGIN_PART: Final = 2.0
+GROSS_ERRORS: Final = 4.0
 #: Late work counts for little in a merge, so that it may be as much worse; but not for more than this many
 #: times the margin.
 LEAST_WEIGHT: Final = 0.25

@@ -2,12 +2,13 @@
 
 A device that was caught twice with tensors that no honest lease makes, or whose work is refused time and
 again, is *distrusted* by the device that caught it. That one says so in its next contributions, which are in
-the ledger: whom most of the others distrust is *outvoted*, on all devices with equal ledgers alike, whether
-they have examples to judge by or not. What a distrusted device has made does not count any more, except
-where others have built on it.
+the ledger: whom more than a third of the others distrust is *outvoted*, on all devices with equal ledgers
+alike, whether they have examples to judge by or not. What a distrusted device has made does not count any
+more, except where others have built on it.
 
-Honest devices are never grossly wrong, so nobody is distrusted in an honest run, and two devices with equal
-ledgers count the same. A single refusal that is not gross decides only what its device builds on.
+Honest devices are never grossly wrong, so two devices with equal ledgers count the same in an honest run. A
+refusal that is not gross, and distrust that follows from such, decide only what a device builds on, and how
+it votes.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ Work = tuple[DeviceId, str]
 GROSS_MAX: Final = 2
 #: Refused contributions of any kind for which a device is distrusted, if they are more than half of those of
 #: it that were tried. Up to one in twenty honest ones is refused.
-REFUSED_MAX: Final = 4
+REFUSED_MAX: Final = 2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,6 +40,10 @@ class Verdict:
     #: Whether every device that can judge would say so: it does not count any more. Otherwise it is only not
     #: built on by this device.
     gross: bool
+
+
+#: One device alone is not believed about another one.
+VOTES_MIN: Final = 2
 
 
 def work(contribution: Contribution) -> Work:
@@ -64,8 +69,13 @@ class Opinions:
         return self._shunned
 
     @property
+    def caught(self) -> frozenset[DeviceId]:
+        """Devices that this device has caught with what no honest lease makes."""
+        return frozenset(device for device, count in self._gross.items() if count >= GROSS_MAX)
+
+    @property
     def distrusted(self) -> frozenset[DeviceId]:
-        """Devices that this device has caught."""
+        """Devices that this device does not rely on, those that it has caught among them."""
         return frozenset(self._distrusted)
 
     def reason(self, device: DeviceId) -> str | None:
@@ -132,7 +142,7 @@ def accused(distrusted: Iterable[DeviceId]) -> tuple[DeviceId, ...]:
 
 
 def outvoted(ledger: Ledger) -> frozenset[DeviceId]:
-    """Devices that more than half of the others distrust, of those that have contributed."""
+    """Devices that more than a third of the others distrust, of those that have contributed."""
     contributors: set[DeviceId] = set()
     votes: set[tuple[DeviceId, DeviceId]] = set()
     for entry in ledger.entries.values():
@@ -140,5 +150,7 @@ def outvoted(ledger: Ledger) -> frozenset[DeviceId]:
         votes.update((other, entry.device) for other in entry.distrusts if other != entry.device)
     against = Counter(device for device, _ in votes)
     return frozenset(
-        device for device, voters in against.items() if 2 * voters > len(contributors - {device})
+        device
+        for device, voters in against.items()
+        if voters >= VOTES_MIN and 3 * voters > len(contributors - {device})
     )

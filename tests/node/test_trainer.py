@@ -241,11 +241,11 @@ def test_peers_shard_that_is_not_what_it_says_is_named_and_never_merged(bench: B
         bench.shards[hashlib.sha256(made.data).hexdigest()] = made.data[:-1] + b"\xff"
     contributions = list(good.entries.values())
     verdicts = bench.run(bench.trainer.check(trials(contributions), lambda digest: b"garbage"))
-    assert all(reason and "bytes" in reason for reason in verdicts.reasons)
+    assert all(verdict and verdict.gross and "bytes" in verdict.reason for verdict in verdicts.found)
     with pytest.raises(PeerError, match=contributions[0].device[:8]):
         bench.run(bench.trainer.train(job(*BRANCHES, ledger=good), lambda digest: b"garbage"))
     good = bench.publish(outcome, Ledger())
-    assert bench.run(bench.trainer.check(trials(contributions), bench.shards.get)).reasons == (None, None)
+    assert bench.run(bench.trainer.check(trials(contributions), bench.shards.get)).found == (None, None)
 
 
 def test_peers_work_is_tried_on_own_examples_against_what_is_here(bench: Bench) -> None:
@@ -267,16 +267,16 @@ def test_peers_work_is_tried_on_own_examples_against_what_is_here(bench: Bench) 
         ledger,
     ).frontier(shard)
     told = bench.run(bench.trainer.check(trials(bad, reference=good), bench.shards.get))
-    (reason,) = told.reasons
-    assert reason is not None and "worse than what it would replace" in reason
+    (verdict,) = told.found
+    assert verdict is not None and "worse than what it would replace" in verdict.reason
     # At most 128 examples, once with it and once without.
     assert 0 < told.macs <= 2 * 128 * evaluation_macs(SPEC, [shard])
     better = bench.run(bench.trainer.check(trials(good), bench.shards.get))
-    assert better.reasons == (None,)
+    assert better.found == (None,)
     # Where the reference was lost or damaged meanwhile, guessing takes its place.
     lost = {entry.tensors_digest: b"garbage" for entry in good}
     read = {**bench.shards, **lost}.get
-    assert bench.run(bench.trainer.check(trials(bad, reference=good), read)).reasons != (None,)
+    assert bench.run(bench.trainer.check(trials(bad, reference=good), read)).found != (None,)
 
 
 def test_shard_that_the_store_lost_is_a_storage_error(bench: Bench) -> None:
@@ -372,7 +372,7 @@ def test_killed_trainer_is_an_error_and_its_successor_goes_on(bench: Bench) -> N
         early = asyncio.create_task(bench.trainer.restart())
         while bench.trainer.pid is None:  # noqa: ASYNC110 - the process is started by the other task
             await asyncio.sleep(0)
-        assert (await bench.trainer.check([], bench.shards.get)).reasons == ()
+        assert (await bench.trainer.check([], bench.shards.get)).found == ()
         summary = await early
         assert summary is not None and summary.train > 0
 

@@ -14,6 +14,7 @@ from test_coordinator import SILENCE, Record, coordinator, mine
 from p2pcollab.claims import equivocation, own_count
 from p2pcollab.coordinator import Coordinator, CoordinatorSettings
 from p2pcollab.ledger import Contribution, Ledger
+from p2pcollab.trust import Verdict
 
 PATIENCE_S = CoordinatorSettings().replication.write_off_s
 SPEC = small_spec(4)
@@ -192,7 +193,7 @@ def test_refused_tensors_leave_what_came_before_and_the_next_ones_get_their_chan
     first = mine(contribution(1))
     poison = mine(successor((first,), 2))
     one.receive([first, poison], 0.0)
-    one.refuse(poison)
+    one.judged(poison, Verdict(reason="far worse", gross=True))
     assert one.believed.frontier(T0) == (first,)
     # It is known all the same, so that gossip comes to rest.
     assert one.ledger.get(T0, device(2)) == poison

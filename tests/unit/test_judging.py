@@ -24,8 +24,8 @@ from p2pcollab.judging import (
     compare,
     draw,
     guesses,
+    judge_loss,
     losses_by_example,
-    reason_to_refuse_loss,
 )
 from p2pcollab.models import initial_shard
 from p2pcollab.planning import PlanOptions, plan_run
@@ -75,7 +75,8 @@ def reason(
         losses_by_example(SPEC, shard, tensors, stem, eval_batches(DATA.test.subset(sample.indices), SPEC))
         for tensors in (candidate, reference)
     ]
-    return reason_to_refuse_loss(compare(*tried, sample), 1.0)
+    verdict = judge_loss(compare(*tried, sample), 1.0)
+    return None if verdict is None else verdict.reason
 
 
 @pytest.mark.parametrize("shard", [STEM, T3])
@@ -208,20 +209,42 @@ def found(candidate: float, reference: float, error: float = 0.0) -> Comparison:
 
 
 def test_what_chance_explains_is_not_refused() -> None:
-    assert reason_to_refuse_loss(found(2.0, 0.5), 1.0) is not None
-    assert reason_to_refuse_loss(found(2.0, 0.5, error=0.8), 1.0) is None
+    assert judge_loss(found(2.0, 0.5), 1.0) is not None
+    assert judge_loss(found(2.0, 0.5, error=0.8), 1.0) is None
 
 
-def test_late_work_that_counts_for_little_may_be_worse() -> None:
-    assert reason_to_refuse_loss(found(2.0, 0.5), 1.0) is not None
-    assert reason_to_refuse_loss(found(2.0, 0.5), 0.5**10) is None
+def test_late_work_that_counts_for_little_may_be_worse_up_to_a_point() -> None:
+    assert judge_loss(found(0.8, 0.5), 1.0) is not None
+    assert judge_loss(found(0.8, 0.5), 0.5**10) is None
+    assert judge_loss(found(2.0, 0.5), 0.5**10) is not None
+
+
+@given(st.floats(0.0, 10.0), st.floats(0.0, 10.0), st.floats(0.0, 3.0), st.floats(0.0, 1.0))
+def test_what_is_gross_is_refused_by_far(
+    candidate: float, reference: float, error: float, weight: float
+) -> None:
+    verdict = judge_loss(found(candidate, reference, error), weight)
+    gross = verdict is not None and verdict.gross
+    assert gross == (candidate - reference - 4 * error > 1.0 + 2 * reference)
+
+
+# The worst of 1,101 honest contributions in runs without an attack, and the mildest kind of gross lie there.
+@pytest.mark.parametrize(
+    ("candidate", "reference", "error", "gross"),
+    [(2.68, 0.58, 0.34, False), (3.39, 0.82, 0.51, False), (2.73, 0.19, 0.20, True), (30.0, 1.0, 2.0, True)],
+)
+def test_honest_work_is_never_gross(candidate: float, reference: float, error: float, gross: bool) -> None:
+    verdict = judge_loss(found(candidate, reference, error), 1.0)
+    assert verdict is not None
+    assert verdict.gross == gross
 
 
 @pytest.mark.parametrize("loss", [float("nan"), float("inf")])
-def test_a_loss_that_is_no_number_is_refused_and_replaced(loss: float) -> None:
-    assert reason_to_refuse_loss(found(loss, 0.5, error=loss), 1.0) is not None
-    assert reason_to_refuse_loss(found(loss, loss, error=loss), 1.0) is not None
-    assert reason_to_refuse_loss(found(0.5, loss, error=loss), 1.0) is None
+def test_a_loss_that_is_no_number_is_gross_and_replaced(loss: float) -> None:
+    for reference in (0.5, loss):
+        verdict = judge_loss(found(loss, reference, error=loss), 1.0)
+        assert verdict is not None and verdict.gross
+    assert judge_loss(found(0.5, loss, error=loss), 1.0) is None
 
 
 @given(st.integers(0, 2**32), st.integers(2, 200))
