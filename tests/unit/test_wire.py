@@ -103,8 +103,8 @@ def test_the_largest_legitimate_contribution_fits() -> None:
 
 
 _SIGNED = (
-    "run_id", "shard", "generation", "seen", "lease_samples", "stem_digest", "tensors_digest", "tensors_bytes",
-    "loss", "accuracy",
+    "run_id", "shard", "generation", "seen", "lease_samples", "stem_digest", "tensors_digest",
+    "tensors_bytes", "loss", "accuracy",
 )  # fmt: skip
 
 
