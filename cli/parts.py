@@ -224,3 +224,14 @@ def event_line(event: Mapping[str, Any]) -> Text:
 def warning_lines(status: Status) -> list[Text]:
     """What the daemon wants its owner to know."""
     return [Text(f"! {fmt.plain(line)}", style="yellow") for line in status.get("warnings") or ()]
+
+
+def refused_lines(status: Status, rows_max: int, before: str = "") -> list[Text]:
+    """Contributions that this device does not believe, the newest last: whose, to what, and why."""
+    lines = []
+    for refusal in list(status.get("refused") or ())[-rows_max:]:
+        text = Text(no_wrap=True, overflow="ellipsis").append(before, style="yellow")
+        text.append(fmt.clock(refusal.get("time")) + "  ", style="dim")
+        who, what = fmt.plain(refusal.get("name"), 18), fmt.plain(refusal.get("label"), 18)
+        lines.append(text.append(f"{who} ({what}): {fmt.plain(refusal.get('reason'))}", style="yellow"))
+    return lines

@@ -18,6 +18,7 @@ from .parts import (
     own_shards,
     panel,
     peer_table,
+    refused_lines,
     state_text,
     task_table,
     warning_lines,
@@ -47,7 +48,7 @@ def live_view(
 ) -> Group:
     """Everything that `join` and `watch` show, in at most `height` lines where that is possible at all."""
     blocks: list[RenderableType] = [*header(status, width), work_panel(status, width)]
-    warnings = warning_lines(status)[:3]
+    warnings = [*warning_lines(status)[:3], *refused_lines(status, 2, before="refused ")]
     left = height - 3 - _work_rows(status) - 2 - len(warnings) - 1
     event_rows = min(5, len(events), max(0, (left - 11) // 5))
     peers = len(status.get("peers") or ())

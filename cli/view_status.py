@@ -7,7 +7,17 @@ from rich.table import Table
 from rich.text import Text
 
 from . import format as fmt
-from .parts import Status, bar, live_peers, peer_table, section, state_text, task_table, warning_lines
+from .parts import (
+    Status,
+    bar,
+    live_peers,
+    peer_table,
+    refused_lines,
+    section,
+    state_text,
+    task_table,
+    warning_lines,
+)
 
 
 def status_page(status: Status, *, width: int) -> Group:
@@ -15,6 +25,9 @@ def status_page(status: Status, *, width: int) -> Group:
     blocks: list[RenderableType] = [_facts(status, width), Text("")]
     blocks.append(section("tasks", task_table(status, width, rows_max=24)))
     blocks.append(section("devices", peer_table(status, width)))
+    refused = refused_lines(status, rows_max=8)
+    if refused:
+        blocks.append(section("refused", Group(*refused)))
     blocks.extend(warning_lines(status))
     return Group(*blocks)
 

@@ -19,7 +19,7 @@ from .. import limits
 from ..errors import IncompatibleError, NotAuthorisedError, P2PCollabError, PeerError, StorageError
 from ..holdings import Want
 from ..keys import device_of_peer, peer_id
-from ..ledger import Contribution
+from ..ledger import Contribution, Key
 from ..run import PROTOCOL_VERSION, DeviceId, ShardId
 from ..screen import reason_to_refuse
 from ..wire import (
@@ -134,11 +134,15 @@ class Gossip:
         ]
         for record in others:
             session.names[DeviceId(record.device)] = record.name
+        complete = session.coordinator.complete
         self._renewal.learn_peers(DeviceId(record.device) for record in others)
         if fresh:
             session.coordinator.observe_board(others, began)
         else:
             session.coordinator.hear(others, began)
+        # What was held back may count from now on.
+        self._tell_refusals()
+        self._tell_completion(complete)
 
     # The ledger
 
@@ -188,11 +192,12 @@ class Gossip:
         """
         session = self._session
         ledger = session.coordinator.ledger
+        acceptable = [entry for entry in contributions if entry.signature not in self._refused]
+        self._convict(acceptable)
         fresh = [
             entry
-            for entry in contributions
-            if entry.signature not in self._refused
-            and ((held := ledger.get(*entry.key)) is None or entry.version > held.version)
+            for entry in acceptable
+            if (held := ledger.get(*entry.key)) is None or entry.version > held.version
         ]
         if not fresh:
             return ()
@@ -201,13 +206,54 @@ class Gossip:
         )
         complete = session.coordinator.complete
         new = session.coordinator.receive(fresh, session.clock())
-        if session.coordinator.complete and not complete:
-            session.events.add("complete", "the run is complete: every shard has seen its samples")
-            session.record_bell.ring()
+        self._tell_refusals()
+        self._tell_completion(complete)
         session.work_bell.ring()
         session.news_bell.ring()
         session.fetch_bell.ring()
         return new
+
+    def _convict(self, contributions: Sequence[Contribution]) -> None:
+        """Look for two stories of one device in what came and what is here; pass them on, and keep them."""
+        session = self._session
+        known = len(session.coordinator.proofs)
+        told: dict[Key, Contribution] = {}
+        for entry in contributions:
+            # A proof that is passed on comes as two entries of one message.
+            for other in (session.coordinator.ledger.get(*entry.key), told.get(entry.key)):
+                if other is not None:
+                    session.coordinator.convict((other, entry))
+            told[entry.key] = entry
+        proofs = session.coordinator.proofs
+        if len(proofs) == known:
+            return
+        self._tell_refusals()
+        for proof in proofs[known:]:
+            self.push_news(proof)
+        session.store.set_meta(
+            {"proofs": [[encode_contribution(one).hex() for one in proof] for proof in proofs]}
+        )
+
+    def restore_proofs(self, kept: object) -> None:
+        """Remember who was caught lying before a restart; what is damaged is left out."""
+        session = self._session
+        for pair in kept if isinstance(kept, list) else ():
+            try:
+                one, other = (decode_contribution(bytes.fromhex(text), session.run_id) for text in pair)
+            except (PeerError, TypeError, ValueError):
+                continue
+            session.coordinator.convict((one, other))
+        session.coordinator.refusals()  # told of in an earlier life
+
+    def _tell_completion(self, before: bool) -> None:
+        session = self._session
+        if session.coordinator.complete and not before:
+            session.events.add("complete", "the run is complete: every shard has seen its samples")
+            session.record_bell.ring()
+
+    def _tell_refusals(self) -> None:
+        for refusal in self._session.coordinator.refusals():
+            self._refuse(refusal.contribution, refusal.reason)
 
     def restore(self, encoded: Iterable[bytes]) -> None:
         """Enter what the store remembers; what is damaged there is left to the peers to give again."""
@@ -219,7 +265,9 @@ class Gossip:
             except PeerError as error:
                 session.warn("store", f"a stored contribution is damaged and was left out: {error}")
         known = [entry for entry in known if entry.device not in session.forgotten]
+        session.coordinator.forget(session.forgotten)
         session.coordinator.receive(known, session.clock())
+        session.coordinator.refusals()  # told of in an earlier life
         self._learn_authors(known)
 
     def _refuse(self, contribution: Contribution, reason: str) -> None:
@@ -230,7 +278,7 @@ class Gossip:
         if len(self._refused) > _REFUSED_KEPT:
             del self._refused[next(iter(self._refused))]
         session.counters.refused += 1
-        session.events.add(
+        event = session.events.add(
             "refused",
             f"a contribution of {session.name(contribution.device)} to "
             f"{session.labels([contribution.shard]) or contribution.shard} was refused: {reason}",
@@ -238,6 +286,7 @@ class Gossip:
             shard=contribution.shard,
             reason=reason,
         )
+        session.refusals.append(event)
 
     # Rounds
 
@@ -326,7 +375,7 @@ class Gossip:
             own = [
                 entry.tensors_digest
                 for shard in session.spec.shards
-                for entry in session.coordinator.ledger.frontier(shard)
+                for entry in session.coordinator.believed.frontier(shard)
                 if entry.device == session.device
             ]
             if all(self.fetched_by.get(digest) for digest in own):
@@ -455,16 +504,25 @@ class Gossip:
         return peer
 
     async def _passes(self, want: Want, data: bytes) -> bool:
-        """Whether tensors may be merged; otherwise the contribution that names them is refused."""
+        """Try tensors; whether they count. If they do not, neither does the contribution that names them."""
         session = self._session
-        entries = [
-            entry
-            for entry in session.coordinator.ledger.of_shard(want.shard)
-            if entry.tensors_digest == want.digest
-        ]
-        reasons = await session.trainer.check(entries, lambda _digest: data)
-        for entry, reason in zip(entries, reasons, strict=True):
-            if reason is not None:
-                session.coordinator.reject(entry.tensors_digest)
-                self._refuse(entry, reason)
-        return not any(reasons)
+        now = session.clock()
+        entries = session.coordinator.named(want.shard, want.digest)
+        held = session.store.digests() - self.fetching.keys()
+        trials = [session.coordinator.trial(entry, held, now) for entry in entries]
+
+        def read(digest: str) -> bytes:
+            # What the garbage collection has taken meanwhile is left out of the comparison.
+            return data if digest == want.digest else session.store.get_shard(digest) or b""
+
+        verdicts = await session.trainer.check(trials, read)
+        session.counters.training_macs += verdicts.macs
+        known = session.coordinator.opinions
+        for entry, verdict in zip(entries, verdicts.found, strict=True):
+            session.coordinator.judged(entry, verdict)
+            if verdict is not None:
+                self._refuse(entry, verdict.reason)
+        self._tell_refusals()
+        if session.coordinator.opinions != known:
+            session.store.set_meta({"opinions": session.coordinator.opinions})
+        return not entries or any(verdict is None or not verdict.gross for verdict in verdicts.found)

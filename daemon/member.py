@@ -123,9 +123,16 @@ class Member:
         #: How far this device is with its preparations: a word for the status.
         self.phase = "joining"
         self.speed_macs_s = 0.0
+        #: Follows from this device's secret key: the same after a restart, and unknown to everybody else.
+        self._judge_seed = rng.getrandbits(63)
         self._worker_done = anyio.Event()
         self._publishing = anyio.Lock()
+        self.gossip.restore_proofs(run_store.meta().get("proofs"))
+        self.session.coordinator.restore_opinions(run_store.meta().get("opinions"))
         self.gossip.restore(run_store.load_contributions())
+        session.refusals.extend(
+            event for event in events.after(0) if event.kind == "refused" and "shard" in event.fields
+        )
         self._tell_notices()
         # Not what only this start needs, and no secret a second time.
         passing = {"mode", "state", "attached", "code", "spec", "secret_hex"}
@@ -232,6 +239,7 @@ class Member:
                 share=options.share,
                 limit=options.limit,
                 budget=Budget.plan(options.share_of_machine, options.threads),
+                judge_seed=self._judge_seed,
             ),
         )
         for note in self.data.notes:

@@ -20,9 +20,12 @@ from ..data.batches import Thinning
 from ..data.partition import Share
 from ..keys import Identity
 from ..ledger import Contribution
+from ..plans import Trial
 from ..run import STEM, RunSpec, ShardId
 from ..simulation import Device, DevicePlan, Scenario, Simulation
+from ..trust import Verdict
 from ..wire import encode_contribution, sign_contribution
+from .trainer import trial_fields
 from .workshop import Workshop
 
 #: Leases after which tensors that no device holds any more are thrown away.
@@ -101,8 +104,8 @@ class Rehearsal:
         self.devices = tuple(identity.device for identity in self._identities)
         self._workshops: list[Workshop] = []
         plans = []
-        for device in devices:
-            workshop = Workshop()
+        for index, device in enumerate(devices):
+            workshop = self._workshop(index)
             told = workshop.configure(
                 {
                     "spec": spec.encode(),
@@ -115,6 +118,7 @@ class Rehearsal:
                     "threads": threads,
                     "niceness": os.nice(0),
                     "duty": 1.0,
+                    "judge_seed": seed * 1000 + index,
                 }
             )
             self._workshops.append(workshop)
@@ -132,7 +136,16 @@ class Rehearsal:
         self._on_lease = on_lease
         self._budget = sum(spec.budget(shard) for shard in spec.shards)
         scenario = Scenario(name="rehearsal", devices=tuple(plans), spec=spec, limit_s=float("inf"))
-        self._simulation = Simulation(scenario, seed, self)
+        self._simulation = self._simulate(scenario, seed)
+
+    def _workshop(self, index: int) -> Workshop:
+        """Where a device trains."""
+        del index
+        return Workshop()
+
+    def _simulate(self, scenario: Scenario, seed: int) -> Simulation:
+        """All but the training."""
+        return Simulation(scenario, seed, self)
 
     def run(self) -> Rehearsed:
         """The run from its beginning to its end, and the model that its devices assemble.
@@ -142,8 +155,11 @@ class Rehearsal:
         """
         outcome = self._simulation.run()
         device = self._simulation.devices[0]
-        ledger = device.coordinator.ledger
-        frontiers = {shard: ledger.frontier(shard) for shard in self.spec.shards}
+        self._harvest(device)
+        now = self._simulation.now
+        frontiers = {
+            shard: device.coordinator.obtainable(shard, device.held, now) for shard in self.spec.shards
+        }
         model = self._workshops[0].assemble({"frontiers": _encoded(frontiers)}, self._blobs)
         return Rehearsed(
             model=model["data"],
@@ -156,6 +172,15 @@ class Rehearsal:
             seconds=outcome.finished_at,
             discarded=outcome.discarded,
         )
+
+    def _harvest(self, device: Device) -> None:
+        """Let a device have what an assembly needs, as long as it wants more: it refuses what it would."""
+        now = self._simulation.now
+        while wants := [
+            want.digest for want in device.coordinator.harvest(device.held, now) if want.digest in self._blobs
+        ]:
+            for digest in wants:
+                device.keep_tensors(digest)
 
     # The simulation's port
 
@@ -189,6 +214,13 @@ class Rehearsal:
             self._on_lease(min(1.0, done / self._budget))
         return tuple(made)
 
+    def check(self, device: Device, trial: Trial) -> Verdict | None:
+        """See `simulation.Training`."""
+        checked = self._workshops[device.index].check({"trials": [trial_fields(trial)]}, self._blobs)
+        self._spent[device.index].macs += checked["macs"]
+        (told,) = checked["verdicts"]
+        return None if told is None else Verdict(**told)
+
     def discard(self, device: Device, plan: JobPlan, fraction: float) -> None:
         """See `simulation.Training`."""
         self._spent[device.index].macs += round(fraction * self._macs(device, plan))
@@ -212,6 +244,7 @@ class Rehearsal:
             tensors_bytes=len(trained["data"]),
             loss=trained["loss"],
             accuracy=trained["accuracy"],
+            distrusts=device.coordinator.accused,
         )
 
     def _macs(self, device: Device, plan: JobPlan) -> int:
@@ -226,6 +259,7 @@ class Rehearsal:
         kept = {digest for device in devices for digest in device.held}
         for device in devices:
             kept.update(entry.tensors_digest for entry in device.coordinator.ledger.entries.values())
+            kept.update(device.coordinator.keep(device.held))
         for plan in (beginning, *(device.job for device in devices)):
             if plan is not None:
                 kept.update(entry.tensors_digest for entry in plan.stem)

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import random
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING
 
 import anyio
 
+from .. import limits
 from ..coordinator import Coordinator
 from ..keys import Identity, RunKeys
 from ..run import DeviceId, RunId, RunSpec
-from .events import EventLog
+from .events import Event, EventLog
 from .store import RunStore
 from .trainer import Trainer
 
@@ -93,6 +95,8 @@ class Session:
     news_bell: Bell = field(default_factory=Bell)
     #: Rung when this device's record has changed.
     record_bell: Bell = field(default_factory=Bell)
+    #: Contributions that were refused lately, as events: whose, to which shard, and why.
+    refusals: deque[Event] = field(default_factory=lambda: deque(maxlen=limits.REFUSALS_SHOWN_MAX))
     #: What a person should know of, by topic.
     warnings: dict[str, str] = field(default_factory=dict)
     random: random.Random = field(default_factory=random.Random)

@@ -48,6 +48,7 @@ def status(node: Node) -> dict[str, Any]:
         "coverage": len(covered) / len(spec.classes) if spec else 0.0,
         "progress": _progress(session.spec, shards) if session else 0.0,
         "complete": session.coordinator.complete if session else False,
+        "refused": refused(session) if session else [],
         "board": _board(node),
         "counters": counters(session) if session else {},
         "timings": node.timings.to_status(),
@@ -128,7 +129,7 @@ def _work(node: Node) -> dict[str, Any] | None:
 
 
 def _shards(session: Session) -> list[dict[str, Any]]:
-    ledger = session.coordinator.ledger
+    ledger = session.coordinator.believed
     held = session.store.digests()
     sightings = session.coordinator.sightings(session.clock())
     holders: dict[str, list[str]] = {}
@@ -162,6 +163,21 @@ def _shards(session: Session) -> list[dict[str, Any]]:
     return rows
 
 
+def refused(session: Session) -> list[dict[str, Any]]:
+    """Contributions that were refused lately, the newest last."""
+    return [
+        {
+            "device": event.fields["device"],
+            "name": session.name(DeviceId(event.fields["device"])),
+            "shard": event.fields["shard"],
+            "label": session.labels([event.fields["shard"]]) or event.fields["shard"],
+            "reason": event.fields["reason"],
+            "time": event.time,
+        }
+        for event in session.refusals
+    ]
+
+
 def _peers(session: Session) -> list[dict[str, Any]]:
     rows = []
     for seen in session.coordinator.sightings(session.clock()):
@@ -179,6 +195,7 @@ def _peers(session: Session) -> list[dict[str, Any]]:
                 "last_seen_s": seen.silent_s,
                 "address": _address(record),
                 "class_counts": list(record.class_counts),
+                "distrusted": session.coordinator.distrusts(DeviceId(record.device)),
             }
         )
     return rows

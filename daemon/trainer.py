@@ -21,7 +21,9 @@ from typing import Any, Final
 from .. import limits
 from ..errors import P2PCollabError, StorageError
 from ..ledger import Contribution
+from ..plans import Trial
 from ..run import RunSpec, ShardId
+from ..trust import Verdict
 from ..wire import encode_contribution
 from .error_fields import error_from_fields
 from .frames import BrokenFrame, Fields, encode_frame, receive_frame
@@ -77,6 +79,8 @@ class TrainerSettings:
     limit: int | None = None
     budget: Budget
     niceness: int = 5
+    #: Of the choice of examples that others' work is tried on: this device's secret.
+    judge_seed: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -154,6 +158,15 @@ class ModelScore:
     def class_accuracy(self) -> tuple[float | None, ...]:
         """Recall of each class; `None` where there are no examples."""
         return tuple(row[index] / sum(row) if any(row) else None for index, row in enumerate(self.confusion))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Verdicts:
+    """What the trainer thinks of some contributions."""
+
+    #: What is wrong with each; None: nothing.
+    found: tuple[Verdict | None, ...]
+    macs: int
 
 
 class Trainer:
@@ -264,6 +277,7 @@ class Trainer:
                 "threads": settings.budget.threads,
                 "duty": settings.budget.duty,
                 "niceness": settings.niceness,
+                "judge_seed": settings.judge_seed,
             },
         )
         return DataSummary(
@@ -318,15 +332,21 @@ class Trainer:
             with contextlib.suppress(TrainerDied):
                 await self._send(encode_frame({"do": "cancel", "id": self._lease_id}))
 
-    async def check(self, contributions: Sequence[Contribution], read: ReadShard) -> tuple[str | None, ...]:
-        """Why the shards of these contributions must not be merged, one reason or `None` for each.
+    async def check(self, trials: Sequence[Trial], read: ReadShard) -> Verdicts:
+        """Whether the shards of some contributions may be merged.
 
         Raises:
             StorageError: one of the shards is not in the store.
         """
-        fields = {"contributions": [encode_contribution(one) for one in contributions]}
-        reply = await self._ask("check", fields, [one.tensors_digest for one in contributions], read)
-        return tuple(reply["reasons"])
+        digests = [
+            entry.tensors_digest
+            for trial in trials
+            for entry in (trial.contribution, *trial.reference, *trial.stem)
+        ]
+        fields = {"trials": [trial_fields(trial) for trial in trials]}
+        reply = await self._ask("check", fields, list(dict.fromkeys(digests)), read)
+        found = (None if one is None else Verdict(**one) for one in reply["verdicts"])
+        return Verdicts(found=tuple(found), macs=reply["macs"])
 
     async def assemble(
         self, frontiers: Mapping[ShardId, Sequence[Contribution]], read: ReadShard
@@ -447,6 +467,17 @@ async def _ended(process: asyncio.subprocess.Process) -> None:
         with contextlib.suppress(ProcessLookupError):
             process.kill()
         await process.wait()
+
+
+def trial_fields(trial: Trial) -> dict[str, Any]:
+    """A trial as the trainer process reads it."""
+    return {
+        "contribution": encode_contribution(trial.contribution),
+        "reference": [encode_contribution(one) for one in trial.reference],
+        "stem": [encode_contribution(one) for one in trial.stem],
+        "behind": trial.behind,
+        "class_counts": None if trial.class_counts is None else list(trial.class_counts),
+    }
 
 
 def _frontier_fields(frontiers: Mapping[ShardId, Sequence[Contribution]]) -> dict[str, list[bytes]]:

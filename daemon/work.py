@@ -255,6 +255,7 @@ class Worker:
                     tensors_bytes=len(trained.data),
                     loss=trained.loss,
                     accuracy=trained.accuracy,
+                    distrusts=session.coordinator.accused,
                 )
             )
         await self._stored(partial(self._enter, made))
@@ -271,7 +272,8 @@ class Worker:
         )
         self._record_metrics(made)
         await self._publish()
-        self._gossip.push_news(made)
+        # With what it was built on, or it would not count where that has not been heard of.
+        self._gossip.push_news([*(entry for job in plan.shards for entry in job.parents), *made])
 
     async def _enter(self, made: list[Contribution]) -> None:
         self._gossip.enter(made)
@@ -304,7 +306,7 @@ class Worker:
                     entry.shard,
                     {
                         "generation": entry.generation,
-                        "samples": session.coordinator.ledger.samples(entry.shard),
+                        "samples": session.coordinator.believed.samples(entry.shard),
                         "loss": entry.loss,
                         "accuracy": entry.accuracy,
                     },

@@ -26,12 +26,15 @@ from ..errors import PeerError, RunError, UsageError
 from ..lease import OnStep
 from ..ledger import Contribution
 from ..models import default_model, initial_shard
+from ..plans import Trial
 from ..run import STEM, InputSpec, RunSpec, Schedule, ShardId, TaskSpec
 from ..screen import reason_to_refuse_tensors
 from ..shards import ShardTensors, decode_shard, encode_shard
 from ..training import LeaseResult, evaluate_shards, log_probabilities, train_branches, train_stem
+from ..trust import Verdict
 from ..wire import decode_contribution
 from .frames import Fields
+from .judge import Judge
 
 Blobs = Mapping[str, bytes]
 """Shards by digest, as they lie in the store."""
@@ -59,6 +62,7 @@ class _Setting:
     test: ArrayDataset
     device: torch.device
     duty: float
+    judge: Judge
 
 
 class Workshop:
@@ -98,13 +102,16 @@ class Workshop:
         spec = RunSpec.decode(fields["spec"])
         loaded = _load(spec, fields)
         train, validation = _hold_out(loaded, spec)
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        test = loaded.test if len(loaded.test) else validation
         self._prepared = _Setting(
             spec=spec,
             train=train,
             validation=validation,
-            test=loaded.test if len(loaded.test) else validation,
-            device=torch.device("cuda" if torch.cuda.is_available() else "cpu"),
+            test=test,
+            device=device,
             duty=fields["duty"],
+            judge=Judge(spec, test, device, fields["judge_seed"]),
         )
         return {
             "train": len(train),
@@ -158,18 +165,32 @@ class Workshop:
         return {"shards": {}, "samples": 0, "macs": 0, "seconds": 0.0, "peak_rss_bytes": peak_rss_bytes()}
 
     def check(self, fields: Fields, blobs: Blobs) -> Fields:
-        """Reasons why shards must not be merged."""
-        spec = self._setting.spec
-        reasons: list[str | None] = []
-        for encoded in fields["contributions"]:
+        """What is wrong with shards, and the MACs that trying them has cost."""
+        spec, judge, decode = self._setting.spec, self._setting.judge, self._decoder(blobs)
+        verdicts: list[Fields | None] = []
+        spent = judge.macs
+        for told in fields["trials"]:
             try:
-                contribution = decode_contribution(encoded, spec.run_id)
-                tensors = self._decoder(blobs)(contribution)
+                trial = self._trial(told)
+                tensors = decode(trial.contribution)
             except PeerError as error:
-                reasons.append(error.what)
-            else:
-                reasons.append(reason_to_refuse_tensors(tensors, initial_shard(spec, contribution.shard)))
-        return {"reasons": reasons}
+                verdicts.append({"reason": error.what, "gross": True})
+                continue
+            initial = initial_shard(spec, trial.contribution.shard)
+            reason = reason_to_refuse_tensors(tensors, initial)
+            found = Verdict(reason=reason, gross=True) if reason else judge.verdict(trial, tensors, decode)
+            verdicts.append(None if found is None else {"reason": found.reason, "gross": found.gross})
+        return {"verdicts": verdicts, "macs": judge.macs - spent}
+
+    def _trial(self, told: Fields) -> Trial:
+        run_id = self._setting.spec.run_id
+        return Trial(
+            contribution=decode_contribution(told["contribution"], run_id),
+            reference=tuple(decode_contribution(one, run_id) for one in told["reference"]),
+            stem=tuple(decode_contribution(one, run_id) for one in told["stem"]),
+            behind=told["behind"],
+            class_counts=None if told["class_counts"] is None else tuple(told["class_counts"]),
+        )
 
     def assemble(self, fields: Fields, blobs: Blobs) -> Fields:
         """The global model's bytes.

@@ -23,17 +23,20 @@ from __future__ import annotations
 
 import enum
 import random
+from collections import deque
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from typing import Final
 
 from . import allotment, limits
 from .allotment import DeviceView, ShardView
+from .claims import Claims, Proof, Refusal
 from .holdings import Holdings, Want
 from .ledger import Contribution, Ledger, states_digest
-from .plans import Advert, Claim, CoordinatorSettings, JobPlan, RecordFields, ShardJob
+from .plans import Advert, Claim, CoordinatorSettings, JobPlan, RecordFields, ShardJob, Trial
 from .presence import BoardRecord, Presence, Sighting
 from .run import STEM, DeviceId, RunSpec, ShardId
+from .trust import Opinions, Verdict, accused, outvoted
 
 __all__ = [
     "Advert",
@@ -43,8 +46,10 @@ __all__ = [
     "CoordinatorSettings",
     "JobPlan",
     "RecordFields",
+    "Refusal",
     "ShardJob",
     "Sighting",
+    "Trial",
     "Want",
 ]
 
@@ -91,6 +96,21 @@ class Coordinator:
         self._shards = spec.shards
         self._run_id = spec.run_id
         self._ledger = Ledger()
+        #: Whose claims hold and whose tensors are not grossly wrong.
+        self._holding = Ledger()
+        #: Those without what devices have made that do not count.
+        self._believed = Ledger()
+        #: What this device builds on, but for single contributions that it refuses.
+        self._relied_on = Ledger()
+        self._opinions = Opinions()
+        self._outvoted: frozenset[DeviceId] = frozenset()
+        self._suspended: deque[Refusal] = deque(maxlen=limits.REFUSALS_SHOWN_MAX)
+        self._claims = Claims(
+            device,
+            # A lease ends on a whole batch.
+            lease_samples_max=spec.schedule.lease_samples + spec.schedule.batch_size,
+            patience_s=settings.replication.write_off_s,
+        )
         self._presence = Presence(device, settings.silence_s)
         self._holdings = Holdings(device, settings.replication)
         self._beat = self._sequence = first_beat
@@ -98,7 +118,6 @@ class Coordinator:
         self._leases: tuple[ShardId, ...] = ()
         self._known_holders: dict[ShardId, frozenset[DeviceId]] = {}
         self._parents: frozenset[str] = frozenset()
-        self._rejected: set[str] = set()
         self._claimed_at = 0.0
         self._longest_lease_s = 0.0
         self._idle_since: float | None = None
@@ -118,10 +137,12 @@ class Coordinator:
                 self._beat = record.beat
                 self._sequence = max(self._sequence, record.lease_sequence)
         self._presence.observe(records[: limits.DEVICES_MAX], now)
+        self._believe(now)
 
     def hear(self, records: Sequence[BoardRecord], now: float) -> None:
         """Take in records of other devices that came by another way than a reading of the board."""
         self._presence.hear(records[: limits.DEVICES_MAX], now)
+        self._believe(now)
 
     def live(self, now: float) -> tuple[DeviceId, ...]:
         """The devices that are alive, this one included, sorted."""
@@ -148,9 +169,9 @@ class Coordinator:
             leases=self._leases,
             lease_sequence=self._sequence,
             progress=tuple(
-                (shard, self._ledger.generation(shard), samples)
+                (shard, self._believed.generation(shard), samples)
                 for shard in self._shards
-                if (samples := self._ledger.samples(shard)) > 0
+                if (samples := self._believed.samples(shard)) > 0
             ),
         )
 
@@ -171,13 +192,18 @@ class Coordinator:
 
     @property
     def ledger(self) -> Ledger:
-        """All contributions that this device has heard of."""
+        """All contributions that this device has heard of: what gossip makes equal on all devices."""
         return self._ledger
+
+    @property
+    def believed(self) -> Ledger:
+        """Those of them that count: leases start from them, and assemblies are made of them (`claims`)."""
+        return self._believed
 
     @property
     def complete(self) -> bool:
         """Whether every shard has seen its budget."""
-        return self._ledger.complete(self.spec)
+        return self._believed.complete(self.spec)
 
     def receive(self, contributions: Iterable[Contribution], now: float) -> tuple[Contribution, ...]:
         """Take in contributions: of peers (their signatures verified), own ones, or those of the store.
@@ -189,27 +215,128 @@ class Coordinator:
         for contribution in contributions:
             if contribution.run_id != self._run_id or contribution.shard not in self._shards:
                 continue
-            if contribution.tensors_digest in self._rejected:
-                continue
             held = new.get(contribution.key) or self._ledger.get(*contribution.key)
+            if held is not None:
+                self.convict((held, contribution))
             if held is None or contribution.newer_than(held):
-                self._holdings.notice(contribution, held, now)
+                self._claims.hear(contribution, now)
                 new[contribution.key] = contribution
-        self._ledger = self._ledger.add_all(new.values())
+        before = self._ledger
+        self._ledger = before.add_all(new.values())
+        if self._outvoted or any(entry.distrusts for entry in new.values()):
+            self._outvoted = outvoted(self._ledger)
+        self._believe(now)
         return tuple(new.values())
 
-    def reject(self, digest: str) -> None:
-        """Tensors were fetched and found unacceptable: their contribution leaves the ledger for good.
+    def _believe(self, now: float) -> None:
+        """Let in what was held back and is not any more."""
+        believed = self._claims.settle(frozenset(self.live(now)), now)
+        for contribution in believed:
+            held = self._holding.get(*contribution.key)
+            if held is None or contribution.newer_than(held):
+                self._holdings.notice(contribution, held, now)
+            if self.distrusts(contribution.device):
+                reason = self._opinions.reason(contribution.device) or "other devices distrust its device"
+                self._suspended.append(Refusal(contribution=contribution, reason=reason))
+        self._holding = self._holding.add_all(believed)
+        self._count()
 
-        It may have claimed to contain others; these count again.
-        """
-        self._rejected.add(digest)
-        for entry in self._ledger.entries.values():
-            if entry.tensors_digest == digest:
+    def _count(self) -> None:
+        """What counts now. Its own work a device always counts, or it would use a count twice."""
+        out = (self._outvoted | self._opinions.caught) - {self.device}
+        self._believed = self._holding.without_devices(out) if out else self._holding
+        doubted = self._opinions.distrusted - out
+        self._relied_on = self._believed.without_devices(doubted) if doubted else self._believed
+
+    def _disbelieve(self, contributions: Iterable[Contribution]) -> None:
+        """These no longer count. What they had claimed to contain counts again."""
+        for entry in contributions:
+            if self._holding.get(*entry.key) == entry:
                 earlier = self._holdings.restore(entry)
-                self._ledger = self._ledger.without(entry)
+                self._holding = self._holding.without(entry)
                 if earlier is not None:
-                    self._ledger = self._ledger.add(earlier)
+                    self._holding = self._holding.add(earlier)
+        self._count()
+
+    def judged(self, contribution: Contribution, verdict: Verdict | None) -> None:
+        """A contribution's tensors were tried.
+
+        What is grossly wrong does not count any more; what is only refused is not built on here. It stays in
+        the ledger, so that nobody brings it again.
+        """
+        caught = self._opinions.judge(contribution, verdict)
+        if verdict is not None and verdict.gross:
+            self._disbelieve([contribution])
+        if caught:
+            reason = f"its device is distrusted: {self._opinions.reason(contribution.device)}"
+            self._suspended.append(Refusal(contribution=contribution, reason=reason))
+            self._count()
+
+    @property
+    def accused(self) -> tuple[DeviceId, ...]:
+        """Devices that this one has caught lying, to be named in its contributions."""
+        return accused(self._opinions.distrusted)
+
+    @property
+    def opinions(self) -> dict[str, list[list[str]]]:
+        """What this device has refused and whom it distrusts, to be kept over a restart."""
+        return self._opinions.to_json()
+
+    def restore_opinions(self, kept: object) -> None:
+        """Take back `opinions` of an earlier life."""
+        self._opinions.restore(kept)
+        self._count()
+
+    def refusals(self) -> tuple[Refusal, ...]:
+        """Contributions that were found not to count since the last call, for people."""
+        told = (*self._claims.take_refusals(), *self._suspended)
+        self._suspended.clear()
+        return told
+
+    def convict(self, proof: Proof) -> bool:
+        """Look at what is said to prove that a device lies; whether that is so, and news."""
+        if not self._claims.witness(*proof):
+            return False
+        self._disbelieve(proof)
+        return True
+
+    def distrusts(self, device: DeviceId) -> bool:
+        """Whether this device does not rely on another one: it was caught, here or by several others."""
+        return device != self.device and (
+            self._claims.distrusts(device) or device in self._outvoted or device in self._opinions.distrusted
+        )
+
+    @property
+    def proofs(self) -> tuple[Proof, ...]:
+        """What proves that devices equivocate: to be passed on to all, and kept."""
+        return self._claims.proofs
+
+    def named(self, shard: ShardId, digest: str) -> tuple[Contribution, ...]:
+        """The contributions of others to a shard that are known to have these tensors."""
+        found = self._holdings.named(self._holding, shard, digest)
+        return tuple(entry for entry in found if entry.device != self.device)
+
+    def trial(self, contribution: Contribution, held: AbstractSet[str], now: float) -> Trial:
+        """What to compare a contribution's tensors with, now that they are here.
+
+        With what this device would go on from without it; on the newest stem that it has, because that is
+        the one that the branch would be used with.
+        """
+        shard = contribution.shard
+        reference = self._holdings.without(self._relied_on, contribution, held, self._opinions.shunned)
+        stem: tuple[Contribution, ...] = ()
+        if shard != STEM:
+            start = self._start(STEM, held, frozenset(self.live(now)), now)
+            stem = tuple(entry for entry in start if entry.tensors_digest in held)
+        newest = max((entry.generation for entry in reference), default=0)
+        record = self._presence.live(now).get(contribution.device)
+        return Trial(
+            contribution=contribution,
+            reference=reference,
+            stem=stem,
+            behind=max(0, newest - contribution.generation),
+            class_counts=tuple(record.class_counts) if record is not None else None,
+        )
 
     def forget(self, devices: Collection[DeviceId]) -> None:
         """Devices were shut out of the run: their leases are vacant, and their contributions leave the
@@ -219,11 +346,14 @@ class Coordinator:
         lost. So all devices drop the same, whatever each had heard before it heard of this.
         """
         self._presence.drop(devices)
-        entries = self._ledger.entries.values()
-        self._ledger = Ledger(entry for entry in entries if entry.device not in devices)
-        for entry in entries:
-            if entry.device in devices:
-                self._holdings.restore(entry)
+        gone = [entry for entry in self._ledger.entries.values() if entry.device in devices]
+        self._ledger = self._ledger.without_devices(frozenset(devices))
+        self._holding = self._holding.without_devices(frozenset(devices))
+        for entry in gone:
+            self._holdings.restore(entry)
+        self._claims.forget(frozenset(devices))
+        self._outvoted = outvoted(self._ledger) if self._outvoted else self._outvoted
+        self._count()
 
     # --- work ---
 
@@ -314,7 +444,7 @@ class Coordinator:
 
         When it no longer does, stop the trainer and call `abandoned`.
         """
-        return any(self._ledger.samples(shard) < self.spec.budget(shard) for shard in self._leases)
+        return any(self._believed.samples(shard) < self.spec.budget(shard) for shard in self._leases)
 
     def finished(self, now: float) -> None:
         """The lease is trained, and its contributions were received: release it."""
@@ -350,18 +480,18 @@ class Coordinator:
     def _start(
         self, shard: ShardId, held: AbstractSet[str], live: AbstractSet[DeviceId], now: float
     ) -> tuple[Contribution, ...]:
-        return self._holdings.start(self._ledger, shard, held, live, now)
+        return self._holdings.start(self._relied_on, shard, held, live, now, self._opinions.shunned)
 
     def _shard_job(
         self, shard: ShardId, parents: tuple[Contribution, ...], held: AbstractSet[str], now: float
     ) -> ShardJob:
-        written_off = list(self._holdings.written_off(self._ledger, shard, held, now))
-        own = self._ledger.get(shard, self.device)
+        written_off = list(self._holdings.written_off(self._believed, shard, held, now))
+        own = self._believed.get(shard, self.device)
         if own is not None and own.tensors_digest not in held and own not in written_off:
             # This device has lost its own work, say to a damaged disk. Its count must rise all the same:
             # to use a count for two different contributions is equivocation.
             written_off.append(own)
-        samples = self._ledger.samples(shard)
+        samples = self._believed.samples(shard)
         return ShardJob(
             shard=shard,
             parents=parents,
@@ -374,21 +504,21 @@ class Coordinator:
         """Samples of a lease: whole batches, rounded down before the gate and up before the end."""
         batch = self.spec.schedule.batch_size
         samples = min(self.spec.schedule.lease_samples, need)
-        gated = STEM not in self._leases and self._ledger.samples(STEM) < self.spec.budget(STEM)
+        gated = STEM not in self._leases and self._believed.samples(STEM) < self.spec.budget(STEM)
         if gated and samples >= batch:
             return samples // batch * batch
         return -(-samples // batch) * batch
 
     def _samples(self) -> Mapping[ShardId, int]:
-        return {shard: self._ledger.samples(shard) for shard in self._shards}
+        return {shard: self._believed.samples(shard) for shard in self._shards}
 
     def _shard_views(self) -> list[ShardView]:
         return [
             ShardView(
                 shard=shard,
-                samples=self._ledger.samples(shard),
-                generation=self._ledger.generation(shard),
-                visits=self._ledger.seen(shard),
+                samples=self._believed.samples(shard),
+                generation=self._believed.generation(shard),
+                visits=self._believed.seen(shard),
             )
             for shard in self._shards
         ]
@@ -406,7 +536,14 @@ class Coordinator:
             started=self._phase in (_Phase.HELD, _Phase.TRAINING),
             works=self.advert.works,
         )
-        return [own, *(self._view(record, now) for record in self._presence.live(now).values())]
+        return [
+            own,
+            *(
+                self._view(record, now)
+                for record in self._presence.live(now).values()
+                if not self.distrusts(DeviceId(record.device))
+            ),
+        ]
 
     def _view(self, record: BoardRecord, now: float) -> DeviceView:
         device = DeviceId(record.device)
@@ -466,18 +603,21 @@ class Coordinator:
                 start = self._start(shard, held, live, now)
                 wants += self._holdings.want(start, held, live, now, needed=True)
         named = {want.digest for want in wants}
-        quota = self._holdings.quota(self._ledger, self._shards, live, now)
+        quota = self._holdings.quota(self._believed, self._shards, live, now)
         replicas = self._holdings.want(quota, held, live, now, needed=False)
         return (*wants, *(want for want in replicas if want.digest not in named))
 
     def harvest(self, held: AbstractSet[str], now: float) -> tuple[Want, ...]:
         """Tensors to fetch before the global model can be put together: every frontier."""
-        entries = [entry for shard in self._shards for entry in self._ledger.frontier(shard)]
+        entries = [entry for shard in self._shards for entry in self._believed.frontier(shard)]
         return tuple(self._holdings.want(entries, held, frozenset(self.live(now)), now, needed=True))
 
     def obtainable(self, shard: ShardId, held: AbstractSet[str], now: float) -> tuple[Contribution, ...]:
-        """What a shard can be merged of here: its frontier, or what came before where that is lost."""
-        start = self._start(shard, held, frozenset(self.live(now)), now)
+        """What a shard is assembled of here: its frontier, or what came before where that is lost.
+
+        What this device does not build on is part of it, or devices would assemble different models.
+        """
+        start = self._holdings.start(self._believed, shard, held, frozenset(self.live(now)), now)
         return tuple(entry for entry in start if entry.tensors_digest in held)
 
     def refused(self, digest: str, device: DeviceId, now: float) -> None:
@@ -498,4 +638,4 @@ class Coordinator:
         """Digests that must not be thrown away: frontiers, what came before them, the newest of what is held,
         and the lease's parents.
         """
-        return self._parents | self._holdings.keep(self._ledger, self._shards, held)
+        return self._parents | self._holdings.keep(self._believed, self._shards, held)

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 
 from .ledger import Contribution, Key, Ledger, frontier_of
 from .run import DeviceId, ShardId
+from .trust import Work, work
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -109,15 +110,43 @@ class Holdings:
                 known.append(earlier)
         return known
 
-    def start(
-        self, ledger: Ledger, shard: ShardId, held: AbstractSet[str], live: AbstractSet[DeviceId], now: float
+    def without(
+        self,
+        ledger: Ledger,
+        contribution: Contribution,
+        held: AbstractSet[str],
+        shunned: AbstractSet[Work] = frozenset(),
     ) -> tuple[Contribution, ...]:
-        """What a lease on a shard starts from: its frontier, without what cannot be had."""
+        """What a shard could be merged of here if a contribution had never been made."""
+        known = self._known(ledger, contribution.shard)
+        return frontier_of(
+            entry
+            for entry in known
+            if entry != contribution and entry.tensors_digest in held and work(entry) not in shunned
+        )
+
+    def named(self, ledger: Ledger, shard: ShardId, digest: str) -> list[Contribution]:
+        """The contributions to a shard that are known to have these tensors."""
+        return [entry for entry in self._known(ledger, shard) if entry.tensors_digest == digest]
+
+    def start(
+        self,
+        ledger: Ledger,
+        shard: ShardId,
+        held: AbstractSet[str],
+        live: AbstractSet[DeviceId],
+        now: float,
+        shunned: AbstractSet[Work] = frozenset(),
+    ) -> tuple[Contribution, ...]:
+        """What a shard can be merged of: its frontier, without what cannot be had or is not to be used."""
         start = ledger.frontier(shard)
         known: list[Contribution] | None = None
         while True:
             lost = [
-                entry for entry in start if entry.tensors_digest not in held and self._lost(entry, live, now)
+                entry
+                for entry in start
+                if work(entry) in shunned
+                or (entry.tensors_digest not in held and self._lost(entry, live, now))
             ]
             if not lost:
                 return start

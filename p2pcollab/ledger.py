@@ -15,6 +15,7 @@ from __future__ import annotations
 import hashlib
 import struct
 from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from typing import Final
 
@@ -54,6 +55,8 @@ class Contribution:
     loss: float
     #: On the device's own validation data, 0..1; 0 if unknown.
     accuracy: float
+    #: Devices that its maker has caught lying (`trust`), sorted.
+    distrusts: tuple[DeviceId, ...] = ()
     #: Ed25519, 64 bytes.
     signature: bytes
 
@@ -172,6 +175,10 @@ class Ledger:
         ledger = Ledger()
         ledger._shards = {**self._shards, **{shard: _Entries(entries) for shard, entries in changed.items()}}
         return ledger
+
+    def without_devices(self, devices: AbstractSet[DeviceId]) -> Ledger:
+        """Without all that some devices have made."""
+        return Ledger(entry for entry in self.entries.values() if entry.device not in devices)
 
     def without(self, contribution: Contribution) -> Ledger:
         """Without one contribution. Nothing but a refusal may take an entry away: peers bring it back."""

@@ -74,6 +74,13 @@ FEATURE_CACHE_BYTES_MAX: Final = 2 * 1024 * MIB
 PREDICT_IMAGES_MAX: Final = 10_000
 #: Events kept on disk and in memory. Need: what happened over night. Worst case: 10,000 rows of 1 KiB.
 EVENTS_MAX: Final = 10_000
+#: Refused contributions that the status names. Need: what is wrong now; the events have the rest.
+REFUSALS_SHOWN_MAX: Final = 32
+#: Devices that one contribution names as liars. Need: a minority of a run that people set up.
+DISTRUSTS_MAX: Final = 32
+#: Contributions that a device remembers its judgement of. Need: the newest and the one before it of each
+#: device and shard of a run of a household or a class. Worst case: 1 MiB.
+OPINIONS_MAX: Final = 4096
 #: Points of the metrics history. Need: 128 shards with a few hundred leases each.
 METRICS_MAX: Final = 50_000
 #: Body of a request to the loopback API; all of them are small JSON objects.

@@ -96,6 +96,21 @@ class JobPlan:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Trial:
+    """A contribution whose tensors are here, and what to compare them with (`judging`)."""
+
+    contribution: Contribution
+    #: What the shard would be merged of without it; the initial tensors if there is none. All are held.
+    reference: tuple[Contribution, ...]
+    #: The stem to try a branch on, likewise.
+    stem: tuple[Contribution, ...]
+    #: Generations that it is behind the reference, at least 0.
+    behind: int
+    #: Training examples per class that its author says it has; None: unknown.
+    class_counts: tuple[int, ...] | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class RecordFields:
     """What the coordinator puts into this device's record; the rest is the daemon's."""
 

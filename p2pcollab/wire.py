@@ -22,6 +22,7 @@ from .errors import PeerError, UsageError
 from .keys import PUBLIC_KEY_BYTES, SIGNATURE_BYTES, Identity, device_id, verify_signature
 from .ledger import MARK_BYTES, NOTHING_MERGED, Contribution, Key, Mark
 from .run import DeviceId, Frozen, RunId, ShardId, first_fault
+from .trust import accused
 
 Model = TypeVar("Model", bound=BaseModel)
 
@@ -108,11 +109,14 @@ class _ContributionFields(Frozen):
     tensors_bytes: Annotated[int, Field(ge=1, le=limits.SHARD_BYTES_MAX)]
     loss: float
     accuracy: Annotated[float, Field(ge=0.0, le=1.0)]
+    distrusts: Annotated[tuple[DeviceField, ...], Field(max_length=limits.DISTRUSTS_MAX, fail_fast=True)] = ()
     signature: Annotated[bytes, Field(min_length=SIGNATURE_BYTES, max_length=SIGNATURE_BYTES)]
 
 
 def _travelling(contribution: Contribution) -> dict[str, Any]:
     fields = {name: getattr(contribution, name) for name in _ContributionFields.model_fields}
+    if not contribution.distrusts:
+        del fields["distrusts"]
     # msgpack writes 0 and 0.0 differently, and one contribution must have one encoding.
     return fields | {"loss": float(contribution.loss), "accuracy": float(contribution.accuracy)}
 
@@ -137,6 +141,7 @@ def sign_contribution(
     tensors_bytes: int,
     loss: float,
     accuracy: float,
+    distrusts: Iterable[DeviceId] = (),
 ) -> Contribution:
     """This device's contribution, signed.
 
@@ -156,6 +161,7 @@ def sign_contribution(
         tensors_bytes=tensors_bytes,
         loss=float(loss),
         accuracy=float(accuracy),
+        distrusts=accused(distrusts),
         signature=bytes(SIGNATURE_BYTES),
     )
     try:
@@ -197,6 +203,8 @@ def decode_contribution(data: bytes, run_id: RunId) -> Contribution:
     devices = [device for device, _ in fields.seen]
     if any(first >= second for first, second in itertools.pairwise(devices)):
         raise PeerError("the contribution's seen counters are not in order")
+    if any(first >= second for first, second in itertools.pairwise(fields.distrusts)):
+        raise PeerError("the devices that the contribution distrusts are not in order")
     contribution = Contribution(**dict(fields))
     if encode_contribution(contribution) != data:
         raise PeerError("the contribution is not in canonical form")

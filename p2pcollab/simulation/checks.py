@@ -55,7 +55,7 @@ class Checks:
     def may_start(self, device: Device, plan: JobPlan) -> None:
         """A lease begins."""
         budget = self._simulation.budget
-        sealed = device.coordinator.ledger.samples(STEM) >= budget[STEM]
+        sealed = device.coordinator.believed.samples(STEM) >= budget[STEM]
         parents = {entry.tensors_digest for job in plan.shards for entry in job.parents}
         missing = (parents | {entry.tensors_digest for entry in plan.stem}) - device.held
         if missing:

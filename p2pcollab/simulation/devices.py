@@ -310,7 +310,7 @@ class Device:
         """Whether something is open that this device may train, by what it knows."""
         if self.hung or self.still:
             return False
-        spec, ledger = self.simulation.scenario.spec, self.coordinator.ledger
+        spec, ledger = self.simulation.scenario.spec, self.coordinator.believed
         open_to = needs(spec, {shard: ledger.samples(shard) for shard in self.simulation.budget})
         return any(need and self.may_train(shard) for shard, need in open_to.items())
 
@@ -373,11 +373,12 @@ class Device:
         self.disk.end_entries()
         self.simulation.stored(self, made)
         self.storing = frozenset()
+        parents = [] if self.job is None else [entry for job in self.job.shards for entry in job.parents]
         self.stop_training()
         self.receive(made)
         self.coordinator.finished(self.simulation.now)
         self.publish()
-        content = made, self.record()
+        content = (*parents, *made), self.record()
         for device in self.coordinator.hints(self.simulation.now):
             self.send(device, "push", content)
         self.observe()
@@ -449,7 +450,7 @@ class Device:
             self.send(sender, "tensors" if gives else "refusal", content)
         elif kind == "tensors":
             self.asked.pop(content, None)
-            self.disk.put_shard(content)
+            self.keep_tensors(content)
             self.look_again()
         elif kind == "refusal":
             self.coordinator.refused(content, sender, self.simulation.now)
@@ -457,6 +458,19 @@ class Device:
             self.asked[content] = (asked_at - FETCH_TIMEOUT_S, attempt)
             self.fetch()
             self.look_again()
+
+    def keep_tensors(self, digest: str) -> None:
+        """Tensors have come: keep them, unless they do not count."""
+        now = self.simulation.now
+        entries = [
+            entry for shard in self.simulation.budget for entry in self.coordinator.named(shard, digest)
+        ]
+        trials = [self.coordinator.trial(entry, self.held, now) for entry in entries]
+        verdicts = [self.simulation.training.check(self, trial) for trial in trials]
+        for entry, verdict in zip(entries, verdicts, strict=True):
+            self.coordinator.judged(entry, verdict)
+        if not verdicts or any(verdict is None or not verdict.gross for verdict in verdicts):
+            self.disk.put_shard(digest)
 
     def look_again(self) -> None:
         """The tensors that a lease waits for may be complete."""

@@ -268,7 +268,7 @@ class Simulation:
 
     def hands(self, device: Device) -> None:
         """A device has no lease and looks for one."""
-        ledger = device.coordinator.ledger
+        ledger = device.coordinator.believed
         open_to = needs(self.scenario.spec, {shard: ledger.samples(shard) for shard in self.budget})
         live = device.coordinator.live(self.now)
         for shard, orphan in list(self.orphans.items()):

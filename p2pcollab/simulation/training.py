@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, Protocol
 
 from ..coordinator import JobPlan
 from ..ledger import Contribution
+from ..plans import Trial
 from ..run import STEM, DeviceId, RunSpec
+from ..trust import Verdict
 
 if TYPE_CHECKING:
     from .devices import Device
@@ -26,6 +28,9 @@ class Training(Protocol):
 
     def train(self, device: Device, plan: JobPlan) -> tuple[Contribution, ...]:
         """A lease's contributions, in the order of the plan's shards; called when the lease ends."""
+
+    def check(self, device: Device, trial: Trial) -> Verdict | None:
+        """What is wrong with tensors that a device was given; None: nothing."""
 
     def discard(self, device: Device, plan: JobPlan, fraction: float) -> None:
         """A lease was stopped after this fraction of it, and came to nothing."""
@@ -68,6 +73,11 @@ class PretendedTraining:
             )
             for job in plan.shards
         )
+
+    def check(self, device: Device, trial: Trial) -> Verdict | None:
+        """See `Training`: digests of nothing are not looked at."""
+        del device, trial
+        return None
 
     def discard(self, device: Device, plan: JobPlan, fraction: float) -> None:
         """See `Training`."""

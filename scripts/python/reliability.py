@@ -54,6 +54,13 @@ def collected() -> dict[str, Any]:
             "accepted_writes": sum(attack["accepted_writes"] for attack in strangers["attacks"]),
             "complete": strangers["complete"],
         },
+        "liars": [
+            {
+                key: row.get(key)
+                for key in ("attack", "defended", "absent", "seed", "accuracy", "honest", "lying")
+            }
+            for row in _read("liars")["rows"]
+        ],
         "fuzz": {key: value for key, value in fuzz.items() if not isinstance(value, dict | list)},
     }
 

@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Awaitable, Iterator, Mapping
+from collections.abc import Awaitable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -27,6 +27,7 @@ from p2pcollab.daemon.trainer import (
     Budget,
     LeaseJob,
     LeaseOutcome,
+    TrainedShard,
     Trainer,
     TrainerDied,
     TrainerSettings,
@@ -34,10 +35,11 @@ from p2pcollab.daemon.trainer import (
 from p2pcollab.daemon.trainer_process import LeaseSteps, Request
 from p2pcollab.errors import DataError, PeerError, StorageError
 from p2pcollab.keys import Identity
-from p2pcollab.ledger import Ledger, next_generation, successor_seen
-from p2pcollab.models import default_model
+from p2pcollab.ledger import Contribution, Ledger, next_generation, successor_seen
+from p2pcollab.models import default_model, initial_shard
+from p2pcollab.plans import Trial
 from p2pcollab.run import STEM, InputSpec, RunSpec, Schedule, ShardId, TaskSpec
-from p2pcollab.shards import decode_shard
+from p2pcollab.shards import decode_shard, encode_shard
 from p2pcollab.wire import sign_contribution
 
 T = TypeVar("T")
@@ -120,6 +122,13 @@ def job(*shards: ShardId, samples: int = 128, ledger: Ledger | None = None, seed
         progress={shard: ledger.progress(shard, SPEC) for shard in shards},
         seed=seed,
     )
+
+
+def trials(contributions: Iterable[Contribution], reference: Iterable[Contribution] = ()) -> list[Trial]:
+    return [
+        Trial(contribution=one, reference=tuple(reference), stem=(), behind=0, class_counts=None)
+        for one in contributions
+    ]
 
 
 def test_data_are_summed_up(bench: Bench) -> None:
@@ -231,12 +240,43 @@ def test_peers_shard_that_is_not_what_it_says_is_named_and_never_merged(bench: B
     for made in outcome.shards.values():
         bench.shards[hashlib.sha256(made.data).hexdigest()] = made.data[:-1] + b"\xff"
     contributions = list(good.entries.values())
-    reasons = bench.run(bench.trainer.check(contributions, lambda digest: b"garbage"))
-    assert all(reason and "bytes" in reason for reason in reasons)
+    verdicts = bench.run(bench.trainer.check(trials(contributions), lambda digest: b"garbage"))
+    assert all(verdict and verdict.gross and "bytes" in verdict.reason for verdict in verdicts.found)
     with pytest.raises(PeerError, match=contributions[0].device[:8]):
         bench.run(bench.trainer.train(job(*BRANCHES, ledger=good), lambda digest: b"garbage"))
     good = bench.publish(outcome, Ledger())
-    assert bench.run(bench.trainer.check(contributions, bench.shards.get)) == (None, None)
+    assert bench.run(bench.trainer.check(trials(contributions), bench.shards.get)).found == (None, None)
+
+
+def test_peers_work_is_tried_on_own_examples_against_what_is_here(bench: Bench) -> None:
+    shard = BRANCHES[1]
+    ledger = Ledger()
+    for seed in range(2):
+        ledger = bench.publish(bench.train(job(shard, samples=512, ledger=ledger, seed=seed)), ledger)
+    good = ledger.frontier(shard)
+    lie = {name: -tensor for name, tensor in initial_shard(SPEC, shard).items()}
+    lie |= {name: -tensor for name, tensor in lie.items() if name.endswith(("running_var", "tracked"))}
+    bad = bench.publish(
+        LeaseOutcome(
+            shards={shard: TrainedShard(data=encode_shard(lie), loss=0.1, accuracy=0.9)},
+            samples=100,
+            macs=0,
+            seconds=0.0,
+            peak_rss_bytes=0,
+        ),
+        ledger,
+    ).frontier(shard)
+    told = bench.run(bench.trainer.check(trials(bad, reference=good), bench.shards.get))
+    (verdict,) = told.found
+    assert verdict is not None and "worse than what it would replace" in verdict.reason
+    # At most 128 examples, once with it and once without.
+    assert 0 < told.macs <= 2 * 128 * evaluation_macs(SPEC, [shard])
+    better = bench.run(bench.trainer.check(trials(good), bench.shards.get))
+    assert better.found == (None,)
+    # Where the reference was lost or damaged meanwhile, guessing takes its place.
+    lost = {entry.tensors_digest: b"garbage" for entry in good}
+    read = {**bench.shards, **lost}.get
+    assert bench.run(bench.trainer.check(trials(bad, reference=good), read)).found != (None,)
 
 
 def test_shard_that_the_store_lost_is_a_storage_error(bench: Bench) -> None:
@@ -332,7 +372,7 @@ def test_killed_trainer_is_an_error_and_its_successor_goes_on(bench: Bench) -> N
         early = asyncio.create_task(bench.trainer.restart())
         while bench.trainer.pid is None:  # noqa: ASYNC110 - the process is started by the other task
             await asyncio.sleep(0)
-        assert await bench.trainer.check([], bench.shards.get) == ()
+        assert (await bench.trainer.check([], bench.shards.get)).found == ()
         summary = await early
         assert summary is not None and summary.train > 0
 

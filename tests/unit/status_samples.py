@@ -84,6 +84,16 @@ def status(
             "trainer_restarts": 0,
             "p2pd_restarts": 0,
         },
+        "refused": [
+            {
+                "device": hashlib.sha256(b"pi").hexdigest()[:32],
+                "name": "pi",
+                "shard": "t1",
+                "label": classes[1],
+                "reason": "it is worse than what it would replace",
+                "time": 1_790_000_000.0,
+            }
+        ],
         "timings": {"imports": 1.2, "p2pd": 0.4, "seconds_to_first_training_step": 3.4},
         "warnings": ["the clock of pi is 4 s ahead"],
     }

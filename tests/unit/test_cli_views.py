@@ -220,3 +220,21 @@ def test_prediction_is_one_line_per_image() -> None:
 )
 def test_numbers_read_as_people_write_them(text: str, expected: str) -> None:
     assert text == expected
+
+
+@pytest.mark.parametrize("width", [80, 200])
+def test_refused_contributions_are_shown_with_device_task_and_reason(width: int) -> None:
+    status = samples.status()
+    for page in (status_page(status, width=width), live_view(status, [], width=width, height=40)):
+        assert "pi (automobile): it is worse than what it" in drawn(page, width)
+    for nothing in (status | {"refused": []}, {**samples.early_status()}):
+        assert "it is worse" not in drawn(status_page(nothing, width=width), width)
+
+
+def test_a_refusals_text_from_a_peer_cannot_write_to_the_terminal() -> None:
+    status = samples.status()
+    status["refused"] = [{"name": "\x1b[2J", "label": "\x1b]0;", "reason": "\x07[bold]", "time": "never"}]
+    for page in (status_page(status, width=80), live_view(status, [], width=80, height=40)):
+        text = drawn(page, 80)
+        assert "\x1b" not in text and "\x07" not in text
+        assert "[bold]" in text

@@ -23,6 +23,7 @@ from p2pcollab.holdings import ReplicationSettings
 from p2pcollab.ledger import Contribution, states_digest
 from p2pcollab.presence import FORGET_SILENCES, OVERDUE_FACTOR, OVERDUE_UNKNOWN_S
 from p2pcollab.run import STEM, RunSpec, ShardId
+from p2pcollab.trust import Verdict
 
 SPEC = small_spec(4)
 SETTINGS = CoordinatorSettings()
@@ -506,15 +507,16 @@ def test_only_what_is_new_is_passed_on() -> None:
     assert one.receive([second, first], 0.0) == ()
 
 
-def test_rejected_contribution_leaves_and_does_not_come_back() -> None:
+def test_refused_contribution_leaves_and_does_not_come_back() -> None:
     one = coordinator()
     honest = mine(contribution(1))
-    greedy = mine(contribution(1, {0: 10**6, 1: 10**6}, generation=2))
+    poison = mine(successor((honest,), 1))
     one.receive([honest], 0.0)
-    one.receive([greedy], 1.0)
-    one.reject(greedy.tensors_digest)
-    assert one.ledger.frontier(T0) == (honest,)
-    assert one.receive([greedy], 2.0) == ()
+    one.receive([poison], 1.0)
+    one.judged(poison, Verdict(reason="far worse", gross=True))
+    assert one.believed.frontier(T0) == (honest,)
+    assert one.receive([poison], 2.0) == ()
+    assert one.believed.frontier(T0) == (honest,)
 
 
 def test_states_of_a_device() -> None:
@@ -630,7 +632,8 @@ def test_newest_that_is_held_is_kept_until_what_came_after_it_is_here() -> None:
     made = [own]
     for author in (1, 1):
         made.append(mine(successor((made[-1],), author)))
-    one.receive(made, 0.0)
+    for entry in made:
+        one.receive([entry], 0.0)
     assert own.tensors_digest in one.keep({own.tensors_digest})
     assert own.tensors_digest not in one.keep({entry.tensors_digest for entry in made})
 

@@ -76,11 +76,61 @@ def test_mean_lies_between_its_parts(given_parts: list[Part]) -> None:
         assert merged[name].dtype == torch.float32
 
 
+@given(st.data())
+def test_a_minority_of_liars_cannot_leave_the_range_of_the_others(data: st.DataObject) -> None:
+    count = data.draw(st.integers(3, 9))
+    liars = data.draw(st.integers(1, count // 3))
+    honest = [
+        part(author, data.draw(st.integers(0, 1000)), samples=data.draw(st.integers(1, 100)), generation=7)
+        for author in range(count - liars)
+    ]
+    size = data.draw(st.sampled_from([1e30, -1e30, 1e3, 0.0]))
+    lies = [
+        (
+            contribution(count - index, generation=8, lease_samples=10**9),
+            {
+                name: torch.full_like(tensor, abs(size) if name.endswith("running_var") else size)
+                if tensor.is_floating_point()
+                else tensor
+                for name, tensor in honest[0][1].items()
+            },
+        )
+        for index in range(1, liars + 1)
+    ]
+    merged = merge([*honest, *lies])
+    for name in ("conv.weight", "norm.running_mean"):
+        stacked = torch.stack([tensors[name] for _, tensors in honest])
+        assert bool((merged[name] >= stacked.amin(0)).all())
+        assert bool((merged[name] <= stacked.amax(0)).all())
+    variances = torch.stack([tensors["norm.running_var"] for _, tensors in honest])
+    means = torch.stack([tensors["norm.running_mean"] for _, tensors in honest])
+    spread = (means.amax(0) - means.amin(0)).square()
+    # The bound is computed in float32.
+    assert bool((merged["norm.running_var"] <= (variances.amax(0) + spread) * (1 + 1e-5)).all())
+
+
+def test_of_three_the_middle_one_is_left_whatever_they_weigh() -> None:
+    values = [(1.0, 10), (2.0, 1), (100.0, 10**6)]
+    parts_given = [
+        (contribution(author, lease_samples=samples), {"w": torch.tensor([value])})
+        for author, (value, samples) in enumerate(values)
+    ]
+    assert merge(parts_given)["w"].item() == 2.0
+    assert merge(parts_given[:2])["w"].item() == pytest.approx(12 / 11)
+
+
+def test_stragglers_do_not_outvote_the_one_in_front() -> None:
+    values = [(1.0, 20), (5.0, 3), (6.0, 2)]
+    parts_given = [
+        (contribution(author, generation=generation), {"w": torch.tensor([value])})
+        for author, (value, generation) in enumerate(values)
+    ]
+    assert merge(parts_given)["w"].item() == pytest.approx(1.0, abs=0.02)
+
+
 def test_batch_norm_statistics_merge_as_those_of_the_union() -> None:
     generator = torch.Generator().manual_seed(0)
-    data = [
-        torch.randn(count, generator=generator, dtype=torch.float64) * 3 + count for count in (10, 30, 60)
-    ]
+    data = [torch.randn(count, generator=generator, dtype=torch.float64) * 3 + count for count in (10, 30)]
     given_parts = [
         (
             contribution(author, lease_samples=len(values)),

@@ -102,6 +102,12 @@ def test_the_largest_legitimate_contribution_fits() -> None:
     assert decode_contribution(encoded, RUN).seen == tuple(sorted(seen.items()))
 
 
+_SIGNED = (
+    "run_id", "shard", "generation", "seen", "lease_samples", "stem_digest", "tensors_digest",
+    "tensors_bytes", "loss", "accuracy",
+)  # fmt: skip
+
+
 @pytest.mark.parametrize("name", [field.name for field in fields(Contribution)])
 def test_no_field_of_a_contribution_can_be_altered(name: str) -> None:
     changed: dict[str, Any] = {
@@ -117,10 +123,24 @@ def test_no_field_of_a_contribution_can_be_altered(name: str) -> None:
         "tensors_bytes": 1,
         "loss": 0.25,
         "accuracy": 1.0,
+        "distrusts": (BOB.device,),
         "signature": bytes(64),
     }
     data = encode_contribution(replace(contribution(), **{name: changed[name]}))
     refused(PeerError, lambda: decode_contribution(data, RUN))
+
+
+def test_devices_that_a_contribution_distrusts_travel_in_order_and_few() -> None:
+    fields = {name: getattr(contribution(), name) for name in _SIGNED}
+    several = sign_contribution(ALICE, **fields, distrusts=[EVE.device, BOB.device])
+    assert several.distrusts == tuple(sorted((BOB.device, EVE.device)))
+    assert decode_contribution(encode_contribution(several), RUN) == several
+    unordered = replace(several, distrusts=several.distrusts[::-1])
+    refused(PeerError, lambda: decode_contribution(encode_contribution(unordered), RUN))
+    many = [f"{number:032x}" for number in range(limits.DISTRUSTS_MAX + 1)]
+    assert len(sign_contribution(ALICE, **fields, distrusts=many).distrusts) == limits.DISTRUSTS_MAX
+    too_many = replace(several, distrusts=tuple(many))
+    refused(PeerError, lambda: decode_contribution(encode_contribution(too_many), RUN))
 
 
 def test_a_contribution_in_another_devices_name_is_refused() -> None:

@@ -1,0 +1,197 @@
+"""Judging: is a contribution clearly worse than what it would replace, on this device's own examples?
+
+A device tries the tensors that it has fetched on examples that nobody trains on, and compares the loss,
+example by example, with that of the state that it would go on from without them. Honest leases make it
+better most of the time and worse sometimes: at a high learning rate, or on data that are unlike this
+device's. So there is a margin, and the mean must exceed it by more than chance explains.
+
+A device builds on nothing that it refuses. That is its own affair: two devices may differ in it. What is
+*gross* is another matter: it does not count any more, in progress and in what is assembled. Whoever can judge
+sees the same there, and no honest lease comes near it.
+
+A device can only judge what it has examples of. Without some of a task's own classes and some of others it
+accepts what is within the bounds of `screen`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Final
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from .lease import Batches, autocast_for
+from .run import STEM, RunSpec, ShardId
+from .shards import restore_aux_head, restore_branch, restore_stem
+from .training import local_labels
+from .trust import Verdict
+
+#: Examples of a task's own classes, and of others, that one contribution is tried on. With 64 of each the
+#: mean difference has a standard error of a few hundredths; trying costs as much as training 40 examples.
+OWN_MAX: Final = 64
+OTHERS_MAX: Final = 64
+#: With fewer of either, chance decides.
+OWN_MIN: Final = 4
+OTHERS_MIN: Final = 4
+#: Part of its budget up to which a shard may be worse than guessing: its first leases are tried on a stem
+#: that has moved on from the one that they were trained on. In a run on CIFAR-10, 6 of 106 honest
+#: contributions were clearly worse, all of them first leases.
+EARLY: Final = 0.25
+#: How much worse than the reference a contribution may be that a device builds on: so much, and this part of
+#: its loss, beyond so many standard errors.
+MARGIN: Final = 0.05
+MARGIN_PART: Final = 0.1
+ERRORS: Final = 2.0
+#: The same for what is gross.
+GROSS_MARGIN: Final = 1.0
+GROSS_MARGIN_PART: Final = 2.0
+GROSS_ERRORS: Final = 4.0
+#: Late work counts for little in a merge, so that it may be as much worse; but not for more than this many
+#: times the margin.
+LEAST_WEIGHT: Final = 0.25
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """Examples that contributions to one shard are tried on."""
+
+    #: Indices into the data.
+    indices: npt.NDArray[np.intp]
+    #: Of each, float64, in sum 1: the classes weigh as they do in the data.
+    weights: npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Comparison:
+    """Mean losses of a contribution and of its reference on the same examples."""
+
+    candidate: float
+    reference: float
+    #: Standard error of the difference of the two.
+    error: float
+
+
+def draw(
+    spec: RunSpec,
+    shard: ShardId,
+    labels: npt.NDArray[np.int64],
+    generator: np.random.Generator,
+    class_counts: Sequence[int] | None = None,
+) -> Sample | None:
+    """Examples to try contributions to a shard on; None if these data cannot judge it.
+
+    As many of the task's own classes as of the others, which are nine tenths of the data where there are ten
+    tasks: the few own ones are what tells a good branch from one that always says "other". For the stem, all
+    classes alike.
+
+    Args:
+        labels: of this device's held-out examples.
+        class_counts: of the device whose contribution it is: on classes that it has no examples of, its work
+            may be worse. None: unknown.
+    """
+    usable = np.ones(len(labels), dtype=bool)
+    if class_counts is not None and len(class_counts) == len(spec.classes) and any(class_counts):
+        usable = np.asarray(class_counts)[labels] > 0
+    if shard == STEM:
+        chosen = _some(np.flatnonzero(usable), OWN_MAX + OTHERS_MAX, generator)
+        if len(chosen) < OWN_MIN + OTHERS_MIN or len(np.unique(labels[chosen])) < 2:
+            return None
+        return Sample(chosen, np.full(len(chosen), 1 / len(chosen)))
+    own = np.isin(labels, spec.task(shard).classes)
+    mine, others = np.flatnonzero(usable & own), np.flatnonzero(usable & ~own)
+    if len(mine) < OWN_MIN or len(others) < OTHERS_MIN:
+        return None
+    part = len(mine) / (len(mine) + len(others))
+    mine, others = _some(mine, OWN_MAX, generator), _some(others, OTHERS_MAX, generator)
+    weights = [np.full(len(mine), part / len(mine)), np.full(len(others), (1 - part) / len(others))]
+    return Sample(np.concatenate([mine, others]), np.concatenate(weights))
+
+
+def _some(
+    indices: npt.NDArray[np.intp], at_most: int, generator: np.random.Generator
+) -> npt.NDArray[np.intp]:
+    return indices if len(indices) <= at_most else generator.permutation(indices)[:at_most]
+
+
+def losses_by_example(
+    spec: RunSpec,
+    shard: ShardId,
+    tensors: Mapping[str, Tensor],
+    stem_tensors: Mapping[str, Tensor],
+    batches: Batches,
+    *,
+    device: torch.device | str = "cpu",
+) -> Tensor:
+    """The loss of each example, as in training: of a branch over {own classes, "other"}. float64 [N]."""
+    if shard == STEM:
+        stem, head = restore_stem(spec, tensors), restore_aux_head(spec, tensors)
+        targets = torch.arange(len(spec.classes))
+    else:
+        stem, head = restore_stem(spec, stem_tensors), restore_branch(spec, spec.task(shard), tensors)
+        targets = local_labels(spec, shard)
+    for module in (stem, head):
+        module.to(device).to(memory_format=torch.channels_last).eval()
+    losses = []
+    with torch.inference_mode(), autocast_for(device, spec):
+        for images, labels in batches:
+            logits = head(stem(images.to(device, memory_format=torch.channels_last))).float().cpu()
+            losses.append(functional.cross_entropy(logits, targets[labels], reduction="none").double())
+    return torch.cat(losses)
+
+
+def guesses(spec: RunSpec, shard: ShardId, labels: npt.NDArray[np.int64], sample: Sample) -> Tensor:
+    """The loss of each example for who always gives the shares of the classes: float64 [N].
+
+    A branch that has never seen the stem that it is tried on may be far worse than that, so the initial state
+    is no reference.
+    """
+    targets = torch.arange(len(spec.classes)) if shard == STEM else local_labels(spec, shard)
+    target_N = targets[torch.from_numpy(labels[sample.indices])]
+    share_K = torch.zeros(int(targets.max()) + 1, dtype=torch.float64)
+    share_K.index_add_(0, target_N, torch.from_numpy(sample.weights))
+    return -share_K.log()[target_N]
+
+
+def compare(candidate_N: Tensor, reference_N: Tensor, sample: Sample) -> Comparison:
+    """The two mean losses, and how sure their difference is."""
+    weight_N = torch.from_numpy(sample.weights)
+    difference_N = candidate_N - reference_N
+    mean = float((weight_N * difference_N).sum())
+    spread = (weight_N * (difference_N - mean)).square().sum()
+    return Comparison(
+        candidate=float((weight_N * candidate_N).sum()),
+        reference=float((weight_N * reference_N).sum()),
+        error=float(spread.sqrt()),
+    )
+
+
+def judge_loss(found: Comparison, weight: float) -> Verdict | None:
+    """Why a contribution is too bad to be built on, if it is, and whether grossly so.
+
+    Args:
+        weight: what it counts for in a merge against the reference, 0..1.
+    """
+    gross = _worse(found, GROSS_MARGIN, GROSS_MARGIN_PART, GROSS_ERRORS)
+    weight = max(weight, LEAST_WEIGHT)
+    if not gross and not _worse(found, MARGIN / weight, MARGIN_PART / weight, ERRORS):
+        return None
+    return Verdict(
+        reason=f"it is {'far ' if gross else ''}worse than what it would replace: a loss of "
+        f"{found.candidate:.3g} instead of {found.reference:.3g} on this device's own examples",
+        gross=gross,
+    )
+
+
+def _worse(found: Comparison, margin: float, margin_part: float, errors: float) -> bool:
+    if not math.isfinite(found.candidate):
+        return True
+    if not math.isfinite(found.reference):
+        return False
+    excess = found.candidate - found.reference - errors * found.error
+    return excess > margin + margin_part * found.reference

@@ -1,0 +1,1 @@
+"""Lying devices, and what they do to a run. See scripts/bench-liars."""

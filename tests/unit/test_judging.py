@@ -1,0 +1,257 @@
+"""Lies about tensors are told from honest work by what they do to a device's own examples."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from typing import Final
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from p2pcollab.data import ArrayDataset, inspect, load
+from p2pcollab.data.batches import batches, eval_batches
+from p2pcollab.data.partition import stratified_subset
+from p2pcollab.judging import (
+    OTHERS_MAX,
+    OWN_MAX,
+    OWN_MIN,
+    Comparison,
+    Sample,
+    compare,
+    draw,
+    guesses,
+    judge_loss,
+    losses_by_example,
+)
+from p2pcollab.models import initial_shard
+from p2pcollab.planning import PlanOptions, plan_run
+from p2pcollab.run import STEM, ShardId
+from p2pcollab.shards import ShardTensors
+from p2pcollab.training import train_branches, train_stem
+
+SPEC = plan_run("digits", inspect("digits"), PlanOptions(family="digits", epochs=20, seed=0))
+DATA = load("digits", SPEC)
+T3: Final = ShardId("t3")
+LEASE: Final = 1024
+LEASES: Final = 3
+
+
+def lease(
+    shard: ShardId, state: ShardTensors, stem: ShardTensors, number: int, data: ArrayDataset = DATA.train
+) -> ShardTensors:
+    """What one honest lease makes."""
+    source = batches(data, SPEC, seed=number, samples=LEASE)
+    progress = 0.15 * number
+    if shard == STEM:
+        return train_stem(SPEC, state, source, start_progress=progress, samples=LEASE).tensors[STEM]
+    made = train_branches(SPEC, stem, {shard: state}, source, start_progress={shard: progress}, samples=LEASE)
+    return made.tensors[shard]
+
+
+@pytest.fixture(scope="module")
+def lineages() -> dict[ShardId, list[ShardTensors]]:
+    """The states of the stem and of a branch after each of some leases, from the initial ones on."""
+    torch.manual_seed(0)
+    stem = [initial_shard(SPEC, STEM)]
+    for number in range(LEASES):
+        stem.append(lease(STEM, stem[-1], {}, number))
+    branch = [initial_shard(SPEC, T3)]
+    for number in range(LEASES):
+        branch.append(lease(T3, branch[-1], stem[-1], number))
+    return {STEM: stem, T3: branch}
+
+
+def reason(
+    shard: ShardId, candidate: ShardTensors, reference: ShardTensors, stem: ShardTensors
+) -> str | None:
+    """A device's judgement, with the digits' test images as its own examples."""
+    sample = draw(SPEC, shard, DATA.test.labels, np.random.default_rng(0))
+    assert sample is not None
+    tried = [
+        losses_by_example(SPEC, shard, tensors, stem, eval_batches(DATA.test.subset(sample.indices), SPEC))
+        for tensors in (candidate, reference)
+    ]
+    verdict = judge_loss(compare(*tried, sample), 1.0)
+    return None if verdict is None else verdict.reason
+
+
+@pytest.mark.parametrize("shard", [STEM, T3])
+def test_every_honest_lease_is_accepted(lineages: dict[ShardId, list[ShardTensors]], shard: ShardId) -> None:
+    states = lineages[shard]
+    for before, after in itertools.pairwise(states):
+        assert reason(shard, after, before, lineages[STEM][-1]) is None
+    # Work that was done at the same time as the reference, on the same parent.
+    other = lease(shard, states[-2], lineages[STEM][-1], 99)
+    assert reason(shard, other, states[-1], lineages[STEM][-1]) is None
+
+
+def _flipped(before: torch.Tensor, after: torch.Tensor) -> torch.Tensor:
+    return before - 4 * (after - before)
+
+
+def _scaled(before: torch.Tensor, after: torch.Tensor) -> torch.Tensor:
+    return before + 10 * (after - before)
+
+
+def _noisy(_before: torch.Tensor, after: torch.Tensor) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(0)
+    return after + after.square().mean().sqrt() * torch.randn(after.shape, generator=generator)
+
+
+def _negated(_before: torch.Tensor, after: torch.Tensor) -> torch.Tensor:
+    return -after
+
+
+@pytest.mark.parametrize("shard", [STEM, T3])
+@pytest.mark.parametrize("lie", [_flipped, _scaled, _noisy, _negated])
+def test_tensors_that_spoil_the_state_are_refused(
+    lineages: dict[ShardId, list[ShardTensors]],
+    shard: ShardId,
+    lie: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+) -> None:
+    before, after = lineages[shard][-2:]
+    spoilt = {}
+    for name, tensor in after.items():
+        spoilt[name] = lie(before[name], tensor) if tensor.is_floating_point() else tensor
+        if name.endswith("running_var"):
+            spoilt[name] = spoilt[name].clamp(min=1e-6)
+    told = reason(shard, spoilt, before, lineages[STEM][-1])
+    assert told is not None
+    assert "worse than what it would replace" in told
+
+
+@pytest.mark.parametrize("shard", [STEM, T3])
+def test_work_on_wrong_labels_is_refused(lineages: dict[ShardId, list[ShardTensors]], shard: ShardId) -> None:
+    wrong = ArrayDataset(images=DATA.train.images, labels=9 - DATA.train.labels)
+    before = lineages[shard][-1]
+    made = lease(shard, before, lineages[STEM][-1], LEASES, wrong)
+    assert reason(shard, made, before, lineages[STEM][-1]) is not None
+
+
+@pytest.mark.parametrize("shard", [STEM, T3])
+def test_an_old_state_in_place_of_work_is_refused(
+    lineages: dict[ShardId, list[ShardTensors]], shard: ShardId
+) -> None:
+    states = lineages[shard]
+    assert reason(shard, states[0], states[-1], lineages[STEM][-1]) is not None
+
+
+# What a device can judge
+
+
+def test_a_device_without_a_tasks_classes_or_without_others_does_not_judge() -> None:
+    generator = np.random.default_rng(0)
+    labels = DATA.test.labels
+    assert draw(SPEC, T3, labels[labels != 3], generator) is None
+    assert draw(SPEC, T3, labels[labels == 3], generator) is None
+    assert draw(SPEC, T3, labels[:0], generator) is None
+    assert draw(SPEC, STEM, labels[labels == 3], generator) is None
+    few = np.concatenate([labels[labels != 3], labels[labels == 3][: OWN_MIN - 1]])
+    assert draw(SPEC, T3, few, generator) is None
+
+
+def test_work_is_judged_on_classes_that_its_maker_has() -> None:
+    counts = [0] * 10
+    counts[3] = counts[5] = 7
+    sample = draw(SPEC, T3, DATA.test.labels, np.random.default_rng(0), counts)
+    assert sample is not None
+    assert set(DATA.test.labels[sample.indices]) == {3, 5}
+    counts[3] = 0
+    assert draw(SPEC, T3, DATA.test.labels, np.random.default_rng(0), counts) is None
+
+
+@given(st.integers(0, 2**32), st.lists(st.integers(0, 9), min_size=1, max_size=600))
+def test_few_examples_are_tried_and_the_classes_weigh_as_in_the_data(seed: int, labels: list[int]) -> None:
+    array = np.array(labels, dtype=np.int64)
+    sample = draw(SPEC, T3, array, np.random.default_rng(seed))
+    if sample is None:
+        return
+    assert len(sample.indices) <= OWN_MAX + OTHERS_MAX
+    assert len(set(sample.indices.tolist())) == len(sample.indices)
+    assert sample.weights.sum() == pytest.approx(1)
+    own = array[sample.indices] == 3
+    assert sample.weights[own].sum() == pytest.approx((array == 3).mean())
+
+
+def test_different_seeds_try_different_examples() -> None:
+    subset = stratified_subset(DATA.train.labels, 1000)
+    labels = DATA.train.labels[subset]
+    one, other = (draw(SPEC, T3, labels, np.random.default_rng(seed)) for seed in (1, 2))
+    assert one is not None and other is not None
+    assert set(one.indices) != set(other.indices)
+
+
+def test_guessing_is_worth_the_entropy_of_the_classes_shares() -> None:
+    labels = DATA.test.labels
+    sample = draw(SPEC, STEM, labels, np.random.default_rng(0))
+    assert sample is not None
+    share = np.bincount(labels[sample.indices], minlength=10) / len(sample.indices)
+    expected = -(share[share > 0] * np.log(share[share > 0])).sum()
+    guessed = guesses(SPEC, STEM, labels, sample)
+    assert float((torch.from_numpy(sample.weights) * guessed).sum()) == pytest.approx(expected)
+    sample = draw(SPEC, T3, labels, np.random.default_rng(0))
+    assert sample is not None
+    part = float((labels == 3).mean())
+    guessed = guesses(SPEC, T3, labels, sample)
+    expected = -part * np.log(part) - (1 - part) * np.log(1 - part)
+    assert float((torch.from_numpy(sample.weights) * guessed).sum()) == pytest.approx(expected)
+
+
+# The statistic
+
+
+def found(candidate: float, reference: float, error: float = 0.0) -> Comparison:
+    return Comparison(candidate=candidate, reference=reference, error=error)
+
+
+def test_what_chance_explains_is_not_refused() -> None:
+    assert judge_loss(found(2.0, 0.5), 1.0) is not None
+    assert judge_loss(found(2.0, 0.5, error=0.8), 1.0) is None
+
+
+def test_late_work_that_counts_for_little_may_be_worse_up_to_a_point() -> None:
+    assert judge_loss(found(0.8, 0.5), 1.0) is not None
+    assert judge_loss(found(0.8, 0.5), 0.5**10) is None
+    assert judge_loss(found(2.0, 0.5), 0.5**10) is not None
+
+
+@given(st.floats(0.0, 10.0), st.floats(0.0, 10.0), st.floats(0.0, 3.0), st.floats(0.0, 1.0))
+def test_what_is_gross_is_refused_by_far(
+    candidate: float, reference: float, error: float, weight: float
+) -> None:
+    verdict = judge_loss(found(candidate, reference, error), weight)
+    gross = verdict is not None and verdict.gross
+    assert gross == (candidate - reference - 4 * error > 1.0 + 2 * reference)
+
+
+# The worst of 1,101 honest contributions in runs without an attack, and the mildest kind of gross lie there.
+@pytest.mark.parametrize(
+    ("candidate", "reference", "error", "gross"),
+    [(2.68, 0.58, 0.34, False), (3.39, 0.82, 0.51, False), (2.73, 0.19, 0.20, True), (30.0, 1.0, 2.0, True)],
+)
+def test_honest_work_is_never_gross(candidate: float, reference: float, error: float, gross: bool) -> None:
+    verdict = judge_loss(found(candidate, reference, error), 1.0)
+    assert verdict is not None
+    assert verdict.gross == gross
+
+
+@pytest.mark.parametrize("loss", [float("nan"), float("inf")])
+def test_a_loss_that_is_no_number_is_gross_and_replaced(loss: float) -> None:
+    for reference in (0.5, loss):
+        verdict = judge_loss(found(loss, reference, error=loss), 1.0)
+        assert verdict is not None and verdict.gross
+    assert judge_loss(found(0.5, loss, error=loss), 1.0) is None
+
+
+@given(st.integers(0, 2**32), st.integers(2, 200))
+def test_the_error_is_that_of_a_mean_of_independent_examples(seed: int, count: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    one, other = torch.rand(2, count, generator=generator, dtype=torch.float64)
+    sample = Sample(np.arange(count), np.full(count, 1 / count))
+    result = compare(one, other, sample)
+    assert result.candidate - result.reference == pytest.approx(float((one - other).mean()))
+    assert result.error == pytest.approx(float((one - other).std(unbiased=False)) / count**0.5)

@@ -1,0 +1,167 @@
+"""Whom a device distrusts, and whom all devices with equal ledgers leave out."""
+
+from __future__ import annotations
+
+import json
+import random
+from dataclasses import replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from ledger_examples import T0, contribution, device, history, successor
+
+from p2pcollab.coordinator import Advert, Coordinator, CoordinatorSettings
+from p2pcollab.ledger import Contribution, Ledger
+from p2pcollab.models import default_model
+from p2pcollab.run import InputSpec, RunSpec, Schedule, ShardId, TaskSpec
+from p2pcollab.trust import GROSS_MAX, REFUSED_MAX, Opinions, Verdict, outvoted
+
+REFUSED = Verdict(reason="worse", gross=False)
+GROSS = Verdict(reason="far worse", gross=True)
+SPEC = RunSpec(
+    name="pets",
+    classes=("cat", "dog"),
+    tasks=(TaskSpec(id="t0", classes=(0,)), TaskSpec(id="t1", classes=(1,))),
+    model=default_model("digits"),
+    input=InputSpec(channels=1, height=8, width=8, mean=(0.5,), std=(0.25,), augment="none"),
+    schedule=Schedule(budget_samples=1000, lease_samples=100, batch_size=10, peak_lr=0.1),
+    seed=7,
+)
+
+
+def coordinator(number: int) -> Coordinator:
+    nothing = Advert(speed=1.0, class_counts=(0, 0), works=False)
+    return Coordinator(SPEC, device(number), nothing, CoordinatorSettings(), random.Random(number))
+
+
+def made(author: int, count: int, **changes: object) -> Contribution:
+    """The `count`-th contribution of a device."""
+    entry = contribution(author, {author: 10 * count}, generation=count)
+    return replace(entry, run_id=SPEC.run_id, tensors_digest=f"{author}/{count}", **changes)  # type: ignore[arg-type]
+
+
+def voters(numbers: range, liar: int) -> list[Contribution]:
+    return [made(number, 1, distrusts=(device(liar),)) for number in numbers]
+
+
+# What one device concludes
+
+
+def test_a_device_is_distrusted_after_two_gross_contributions() -> None:
+    mine = Opinions()
+    told = [mine.judge(made(1, count + 1), GROSS) for count in range(GROSS_MAX + 1)]
+    assert told == [False, True, False]
+    assert mine.distrusted == {device(1)}
+
+
+def test_one_contribution_counts_once_however_often_it_is_tried() -> None:
+    mine = Opinions()
+    for _ in range(5):
+        mine.judge(made(1, 1), GROSS)
+    assert mine.distrusted == frozenset()
+
+
+def test_a_few_refusals_among_much_good_work_are_forgiven() -> None:
+    mine = Opinions()
+    for count in range(1, 41):
+        mine.judge(made(1, count), REFUSED if count % 4 == 0 else None)
+        mine.judge(made(2, count), REFUSED if count % 4 else None)
+    assert mine.distrusted == {device(2)}
+    # It is not built on here; whether it counts, the others decide.
+    assert mine.caught == frozenset()
+    assert REFUSED_MAX > 1
+
+
+def test_opinions_outlive_a_restart_and_damage_in_them_harms_nobody() -> None:
+    mine = Opinions()
+    for count in (1, 2):
+        mine.judge(made(1, count), GROSS)
+    mine.judge(made(2, 1), REFUSED)
+    again = Opinions()
+    again.restore(json.loads(json.dumps(mine.to_json())))
+    assert (again.distrusted, again.shunned) == (mine.distrusted, mine.shunned)
+    for kept in (None, 7, [], {"shunned": 7}, {"shunned": [["a"], 3, [1, 2]], "distrusted": [None]}):
+        nothing = Opinions()
+        nothing.restore(kept)
+        assert (nothing.distrusted, nothing.shunned) == (frozenset(), frozenset())
+
+
+# What all conclude
+
+
+@pytest.mark.parametrize(
+    ("contributors", "against", "out"),
+    [(2, 1, False), (3, 1, False), (3, 2, True), (10, 3, False), (10, 4, True)],
+)
+def test_whom_more_than_a_third_of_the_others_distrust_is_out(
+    contributors: int, against: int, out: bool
+) -> None:
+    entries = [made(number, 1) for number in range(contributors)]
+    entries[1 : 1 + against] = voters(range(1, 1 + against), liar=0)
+    assert outvoted(Ledger(entries)) == ({device(0)} if out else set())
+
+
+def test_nobody_votes_twice_or_against_itself() -> None:
+    one = made(1, 1, distrusts=(device(0), device(1)))
+    entries = [one, replace(one, shard=ShardId("t1")), made(0, 1), made(2, 1)]
+    assert outvoted(Ledger(entries)) == frozenset()
+
+
+@given(st.integers(0, 10**6), st.integers(0, 10**6))
+def test_equal_ledgers_count_the_same_whatever_was_refused_and_in_whatever_order_it_came(
+    seed: int, order: int
+) -> None:
+    """Nobody was grossly wrong: what each device refuses is its own affair."""
+    rng = random.Random(order)
+    entries = [replace(entry, run_id=SPEC.run_id) for entry in history(seed)]
+    accusers = [made(number, 1, distrusts=(device(0),)) for number in (8, 9, 10)]
+    everything = entries + accusers
+    devices = [coordinator(20), coordinator(21)]
+    for one in devices:
+        rng.shuffle(everything)
+        for entry in everything:
+            one.receive([entry], 0.0)
+            if rng.random() < 0.1:
+                one.judged(entry, REFUSED if rng.random() < 0.5 else None)
+    first, second = devices
+    assert first.ledger == second.ledger
+    assert first.believed == second.believed
+
+
+def test_what_is_refused_is_assembled_and_is_not_built_on() -> None:
+    one = coordinator(5)
+    good = made(1, 1)
+    bad = replace(successor((good,), 2), run_id=SPEC.run_id, tensors_digest="bad")
+    one.receive([good, bad], 0.0)
+    one.judged(bad, REFUSED)
+    held = {good.tensors_digest, bad.tensors_digest}
+    assert one.obtainable(T0, held, 0.0) == (bad,)
+    assert one.believed.samples(T0) == 20
+    later = replace(successor((bad,), 3), run_id=SPEC.run_id, tensors_digest="later")
+    assert one.trial(later, held, 0.0).reference == (good,)
+
+
+def test_what_a_distrusted_device_made_counts_where_others_have_built_on_it() -> None:
+    one = coordinator(5)
+    lie = made(1, 1)
+    built = replace(successor((lie,), 2), run_id=SPEC.run_id, tensors_digest="built")
+    one.receive([lie, built], 0.0)
+    for count in (1, 2):
+        one.judged(made(1, count, shard=ShardId("t1")), GROSS)
+    assert one.accused == (device(1),)
+    assert one.distrusts(device(1))
+    assert one.believed.frontier(T0) == (built,)
+    later = made(1, 3)
+    one.receive([later], 1.0)
+    assert one.believed.frontier(T0) == (built,)
+    assert any("far worse" in told.reason for told in one.refusals())
+
+
+def test_a_device_counts_its_own_work_whatever_others_say() -> None:
+    one = coordinator(0)
+    one.receive([made(0, 1), *voters(range(1, 4), liar=0)], 0.0)
+    assert one.believed.get(T0, device(0)) is not None
+    other = coordinator(9)
+    other.receive([made(0, 1), *voters(range(1, 4), liar=0)], 0.0)
+    assert other.believed.get(T0, device(0)) is None
