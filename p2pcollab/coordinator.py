@@ -26,7 +26,7 @@ import random
 from collections import deque
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
-from typing import Final
+from typing import Any, Final
 
 from . import allotment, limits
 from .allotment import DeviceView, ShardView
@@ -278,7 +278,7 @@ class Coordinator:
         return accused(self._opinions.distrusted)
 
     @property
-    def opinions(self) -> dict[str, list[list[str]]]:
+    def opinions(self) -> dict[str, Any]:
         """What this device has refused and whom it distrusts, to be kept over a restart."""
         return self._opinions.to_json()
 

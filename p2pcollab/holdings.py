@@ -64,6 +64,8 @@ class Holdings:
         self._settings = settings
         #: The contribution that each entry of the ledger replaced.
         self._replaced: dict[Key, Contribution] = {}
+        #: The newest of each that was held when garbage was last collected.
+        self._here: dict[Key, Contribution] = {}
         self._noticed_at: dict[str, float] = {}
         self._missing_since: dict[str, float] = {}
         self._refused: dict[str, dict[DeviceId, float]] = {}
@@ -91,6 +93,7 @@ class Holdings:
     def restore(self, contribution: Contribution) -> Contribution | None:
         """A contribution has left the ledger: the one that it had replaced."""
         self._forget(contribution.tensors_digest)
+        self._here.pop(contribution.key, None)
         return self._replaced.pop(contribution.key, None)
 
     def remembered(self) -> tuple[int, int]:
@@ -105,9 +108,9 @@ class Holdings:
     def _known(self, ledger: Ledger, shard: ShardId) -> list[Contribution]:
         known = list(ledger.of_shard(shard))
         for entry in tuple(known):
-            earlier = self._replaced.get(entry.key)
-            if earlier is not None:
-                known.append(earlier)
+            for earlier in (self._replaced.get(entry.key), self._here.get(entry.key)):
+                if earlier is not None and earlier not in known:
+                    known.append(earlier)
         return known
 
     def without(
@@ -252,12 +255,16 @@ class Holdings:
     def keep(self, ledger: Ledger, shards: Sequence[ShardId], held: AbstractSet[str]) -> set[str]:
         """Digests that must not be thrown away: of each shard the frontier, and what came before it.
 
-        And the newest of what is held: the tensors of later work may die with their makers before they come.
+        And the newest of what is held, however much was heard of since: the tensors of later work may die
+        with their makers before they come.
         """
         kept: set[str] = set()
+        newest_here: dict[Key, Contribution] = {}
         for shard in shards:
             frontier, known = ledger.frontier(shard), self._known(ledger, shard)
             before = frontier_of(entry for entry in known if entry not in frontier)
             here = frontier_of(entry for entry in known if entry.tensors_digest in held)
+            newest_here.update({entry.key: entry for entry in here})
             kept.update(entry.tensors_digest for entry in (*frontier, *before, *here))
+        self._here = newest_here
         return kept

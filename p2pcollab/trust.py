@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final
 
 from .ledger import Contribution, Ledger
 from .limits import DISTRUSTS_MAX, OPINIONS_MAX
@@ -110,7 +110,7 @@ class Opinions:
             del self._found[oldest]
             self._shunned -= {oldest}
 
-    def to_json(self) -> dict[str, list[list[str]]]:
+    def to_json(self) -> dict[str, Any]:
         """What a restart must not forget."""
         return {
             "shunned": [list(made) for made in sorted(self._shunned)],

@@ -638,6 +638,18 @@ def test_newest_that_is_held_is_kept_until_what_came_after_it_is_here() -> None:
     assert own.tensors_digest not in one.keep({entry.tensors_digest for entry in made})
 
 
+def test_newest_that_is_held_is_kept_however_much_was_heard_of_since() -> None:
+    one = coordinator()
+    own = mine(successor((), 0))
+    one.receive([own], 0.0)
+    later = own
+    for now in range(1, 5):
+        later = mine(successor((later,), 1))
+        one.receive([later], float(now))
+        assert own.tensors_digest in one.keep({own.tensors_digest})
+    assert own.tensors_digest not in one.keep({own.tensors_digest, later.tensors_digest})
+
+
 def test_parents_of_the_lease_in_progress_are_kept() -> None:
     entry = contribution(1)
     one = holding((T0,), [entry])
