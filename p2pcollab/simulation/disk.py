@@ -101,6 +101,10 @@ class Disk:
         This device's own contributions stay: the store keeps them in three places. The others' come back
         from them.
         """
+        # What was collected because others had gone on from it is missed by nobody, though the entries that
+        # said so may be gone now.
+        gone = {entry.tensors_digest for entry in self.entries.values() if entry.device == own}
+        self.lost |= gone - self.shards
         for key in [key for key in self.entries if key[1] != own and rng.random() < share]:
             del self.entries[key]
         self.rotten.update(digest for digest in sorted(self.shards) if rng.random() < share)
