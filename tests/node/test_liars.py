@@ -24,7 +24,7 @@ DEVICES = 5
 def setting() -> Setting:
     options = PlanOptions(family="digits", epochs=6, seed=0, classes_per_task=2)
     spec = plan_run("liars", inspect("digits"), options)
-    changes = {"lease_samples": 640, "batch_size": 64, "peak_lr": 0.1}
+    changes = {"lease_samples": 640, "batch_size": 64, "peak_lr": 0.05}
     schedule = spec.schedule.model_copy(update=changes)
     spec = RunSpec.decode(spec.model_copy(update={"schedule": schedule}).encode())
     return Setting(spec=spec, source="digits", root=None, limit=1438, devices=DEVICES, liars=(2,))
