@@ -1,14 +1,14 @@
 """Trust: which devices and which contributions a device no longer relies on, and what all agree on.
 
-A device that was caught twice with tensors that no honest lease makes, or whose work is refused time and
-again, is *distrusted* by the device that caught it. That one says so in its next contributions, which are in
+A device that was caught twice with tensors that no honest lease makes is *distrusted* by the device that
+caught it. That one says so in its next contributions, which are in
 the ledger: whom more than a third of the others distrust is *outvoted*, on all devices with equal ledgers
 alike, whether they have examples to judge by or not. What a distrusted device has made does not count any
 more, except where others have built on it.
 
 Honest devices are never grossly wrong, so two devices with equal ledgers count the same in an honest run. A
-refusal that is not gross, and distrust that follows from such, decide only what a device builds on, and how
-it votes.
+refusal that is not gross decides only what a device builds on, however many there are: devices with few
+examples, or of few classes, refuse honest work often enough to end up alone.
 """
 
 from __future__ import annotations
@@ -27,9 +27,6 @@ Work = tuple[DeviceId, str]
 
 #: Gross contributions for which a device is distrusted. After one, chance or a broken disk may be to blame.
 GROSS_MAX: Final = 2
-#: Refused contributions of any kind for which a device is distrusted, if they are more than half of those of
-#: it that were tried. Up to one in twenty honest ones is refused.
-REFUSED_MAX: Final = 2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,8 +54,6 @@ class Opinions:
     def __init__(self) -> None:
         #: Oldest first, at most `OPINIONS_MAX`.
         self._found: dict[Work, Verdict | None] = {}
-        self._tried: Counter[DeviceId] = Counter()
-        self._refused: Counter[DeviceId] = Counter()
         self._gross: Counter[DeviceId] = Counter()
         self._distrusted: dict[DeviceId, str] = {}
         self._shunned: frozenset[Work] = frozenset()
@@ -89,16 +84,12 @@ class Opinions:
             return False
         self._remember(made, verdict)
         device = contribution.device
-        self._tried[device] += 1
-        self._refused[device] += verdict is not None
         self._gross[device] += verdict is not None and verdict.gross
         if verdict is None or device in self._distrusted:
             return False
-        refused, gross = self._refused[device], self._gross[device]
+        gross = self._gross[device]
         if gross >= GROSS_MAX:
             self._distrusted[device] = f"{gross} of its contributions were far worse than what was there"
-        elif refused >= REFUSED_MAX and 2 * refused > self._tried[device]:
-            self._distrusted[device] = f"{refused} of {self._tried[device]} of its contributions were refused"
         return device in self._distrusted
 
     def _remember(self, made: Work, verdict: Verdict | None) -> None:
