@@ -525,4 +525,4 @@ class Gossip:
         self._tell_refusals()
         if session.coordinator.opinions != known:
             session.store.set_meta({"opinions": session.coordinator.opinions})
-        return not entries or any(verdict is None or not verdict.gross for verdict in verdicts.found)
+        return not entries or any(verdict is None or not verdict.malformed for verdict in verdicts.found)

@@ -9,7 +9,7 @@ import resource
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Final
 
@@ -174,12 +174,15 @@ class Workshop:
                 trial = self._trial(told)
                 tensors = decode(trial.contribution)
             except PeerError as error:
-                verdicts.append({"reason": error.what, "gross": True})
+                verdicts.append({"reason": error.what, "gross": True, "malformed": True})
                 continue
             initial = initial_shard(spec, trial.contribution.shard)
             reason = reason_to_refuse_tensors(tensors, initial)
-            found = Verdict(reason=reason, gross=True) if reason else judge.verdict(trial, tensors, decode)
-            verdicts.append(None if found is None else {"reason": found.reason, "gross": found.gross})
+            if reason:
+                found: Verdict | None = Verdict(reason=reason, gross=True, malformed=True)
+            else:
+                found = judge.verdict(trial, tensors, decode)
+            verdicts.append(None if found is None else asdict(found))
         return {"verdicts": verdicts, "macs": judge.macs - spent}
 
     def _trial(self, told: Fields) -> Trial:

@@ -17,7 +17,7 @@ count is never used twice, so the two together are proof, to everybody, that the
 protocol. Neither is believed, and nothing that it makes afterwards. The same goes for two counts with the
 same tensors: training changes them.
 
-Its tensors were looked at, and are grossly wrong; or its device is distrusted (`trust`).
+Its tensors were looked at, and are malformed; or its device is outvoted (`trust`).
 """
 
 from __future__ import annotations

@@ -96,7 +96,7 @@ class Coordinator:
         self._shards = spec.shards
         self._run_id = spec.run_id
         self._ledger = Ledger()
-        #: Whose claims hold and whose tensors are not grossly wrong.
+        #: Whose claims hold and whose tensors are not malformed.
         self._holding = Ledger()
         #: Those without what devices have made that do not count.
         self._believed = Ledger()
@@ -243,7 +243,7 @@ class Coordinator:
 
     def _count(self) -> None:
         """What counts now. Its own work a device always counts, or it would use a count twice."""
-        out = (self._outvoted | self._opinions.caught) - {self.device}
+        out = self._outvoted - {self.device}
         self._believed = self._holding.without_devices(out) if out else self._holding
         doubted = self._opinions.distrusted - out
         self._relied_on = self._believed.without_devices(doubted) if doubted else self._believed
@@ -261,11 +261,11 @@ class Coordinator:
     def judged(self, contribution: Contribution, verdict: Verdict | None) -> None:
         """A contribution's tensors were tried.
 
-        What is grossly wrong does not count any more; what is only refused is not built on here. It stays in
+        What is malformed does not count any more; what is only refused is not built on here. It stays in
         the ledger, so that nobody brings it again.
         """
         caught = self._opinions.judge(contribution, verdict)
-        if verdict is not None and verdict.gross:
+        if verdict is not None and verdict.malformed:
             self._disbelieve([contribution])
         if caught:
             reason = f"its device is distrusted: {self._opinions.reason(contribution.device)}"

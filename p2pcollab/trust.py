@@ -6,9 +6,9 @@ the ledger: whom more than a third of the others distrust is *outvoted*, on all 
 alike, whether they have examples to judge by or not. What a distrusted device has made does not count any
 more, except where others have built on it.
 
-Honest devices are never grossly wrong, so two devices with equal ledgers count the same in an honest run. A
-refusal that is not gross decides only what a device builds on, however many there are: devices with few
-examples, or of few classes, refuse honest work often enough to end up alone.
+So two devices with equal ledgers count the same, whatever each of them thinks. A refusal decides only what a
+device builds on: even gross ones hit honest work now and then, say a branch that is tried on a stem which has
+moved on since, and devices with few examples, or of few classes, refuse more of it.
 """
 
 from __future__ import annotations
@@ -34,9 +34,10 @@ class Verdict:
     """Why a contribution is refused."""
 
     reason: str
-    #: Whether every device that can judge would say so: it does not count any more. Otherwise it is only not
-    #: built on by this device.
+    #: Whether it is so much worse that honest work hardly ever is.
     gross: bool
+    #: Whether that follows from the bytes alone, so that every device says the same: it does not count.
+    malformed: bool = False
 
 
 #: One device alone is not believed about another one.
@@ -64,13 +65,8 @@ class Opinions:
         return self._shunned
 
     @property
-    def caught(self) -> frozenset[DeviceId]:
-        """Devices that this device has caught with what no honest lease makes."""
-        return frozenset(device for device, count in self._gross.items() if count >= GROSS_MAX)
-
-    @property
     def distrusted(self) -> frozenset[DeviceId]:
-        """Devices that this device does not rely on, those that it has caught among them."""
+        """Devices that this device does not rely on."""
         return frozenset(self._distrusted)
 
     def reason(self, device: DeviceId) -> str | None:

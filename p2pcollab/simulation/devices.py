@@ -469,7 +469,7 @@ class Device:
         verdicts = [self.simulation.training.check(self, trial) for trial in trials]
         for entry, verdict in zip(entries, verdicts, strict=True):
             self.coordinator.judged(entry, verdict)
-        if not verdicts or any(verdict is None or not verdict.gross for verdict in verdicts):
+        if not verdicts or any(verdict is None or not verdict.malformed for verdict in verdicts):
             self.disk.put_shard(digest)
 
     def look_again(self) -> None:

@@ -193,7 +193,7 @@ def test_refused_tensors_leave_what_came_before_and_the_next_ones_get_their_chan
     first = mine(contribution(1))
     poison = mine(successor((first,), 2))
     one.receive([first, poison], 0.0)
-    one.judged(poison, Verdict(reason="far worse", gross=True))
+    one.judged(poison, Verdict(reason="of the wrong shape", gross=True, malformed=True))
     assert one.believed.frontier(T0) == (first,)
     # It is known all the same, so that gossip comes to rest.
     assert one.ledger.get(T0, device(2)) == poison

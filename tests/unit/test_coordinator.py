@@ -513,7 +513,7 @@ def test_refused_contribution_leaves_and_does_not_come_back() -> None:
     poison = mine(successor((honest,), 1))
     one.receive([honest], 0.0)
     one.receive([poison], 1.0)
-    one.judged(poison, Verdict(reason="far worse", gross=True))
+    one.judged(poison, Verdict(reason="of the wrong shape", gross=True, malformed=True))
     assert one.believed.frontier(T0) == (honest,)
     assert one.receive([poison], 2.0) == ()
     assert one.believed.frontier(T0) == (honest,)
