@@ -45,6 +45,7 @@ _DRAIN_S: Final = 12.0
 _HANDOVER_S: Final = 6.0
 #: How long an assembly asks for shards that a live device may have and does not give.
 _HARVEST_S: Final = 12.0
+_AGAIN_S: Final = 0.5
 _SAVE_S: Final = 5.0
 
 
@@ -202,23 +203,36 @@ class Member:
             P2PCollabError: the trainer could not.
         """
         session = self.session
-        await self.gossip.exchange_all()
         deadline = session.clock() + _HARVEST_S
+        await self._meet_somebody(deadline)
+        await self.gossip.exchange_all()
         while True:
             missing = session.coordinator.harvest(session.store.digests(), session.clock())
             # What every live device says that it does not hold died with its maker.
             wants = [want for want in missing if want.holders]
-            if not wants or session.clock() > deadline:
+            whoever_is_there_is_known = session.coordinator.has_listened(session.clock())
+            if not (wants if whoever_is_there_is_known else missing) or session.clock() > deadline:
                 break
             await self.gossip.fetch_all(wants)
             # A device that could not give something just now is asked again after a while.
-            await anyio.sleep(0 if session.store.has(wants[0].digest) else 0.5)
+            got = any(session.store.has(want.digest) for want in wants[:1])
+            await anyio.sleep(0 if got else _AGAIN_S)
         held = session.store.digests()
         frontiers = {
             shard: session.coordinator.obtainable(shard, held, session.clock())
             for shard in session.spec.shards
         }
         return await session.trainer.assemble(frontiers, session.store.get_shard)
+
+    async def _meet_somebody(self, deadline: float) -> None:
+        """Wait for the first other device, where this one has only just begun to listen."""
+        session = self.session
+        while session.clock() < deadline:
+            now = session.clock()
+            if len(session.coordinator.live(now)) > 1 or session.coordinator.has_listened(now):
+                return
+            await self.gossip.observe()
+            await anyio.sleep(_AGAIN_S)
 
     # Preparations
 

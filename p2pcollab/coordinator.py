@@ -148,6 +148,11 @@ class Coordinator:
         """The devices that are alive, this one included, sorted."""
         return tuple(sorted({self.device, *self._presence.live(now)}))
 
+    def has_listened(self, now: float) -> bool:
+        """Whether it has read the board for so long that it knows who is there."""
+        since = self._presence.observing_since
+        return since is not None and now - since >= self.settings.silence_s
+
     def sightings(self, now: float) -> tuple[Sighting, ...]:
         """The other devices as they were last seen, for people."""
         return self._presence.sightings(now)

@@ -211,6 +211,8 @@ def test_the_tasks_of_a_killed_device_are_taken_over_and_it_comes_back_with_its_
         runs.eventually(lambda: runs.known(creator), "the creator to be back in the run")
         assert runs.device_id(creator) == own
         assert runs.lost(before, runs.seen(creator)) == []
+        # It has only just begun to listen, and waits for those who have what it lacks.
+        assert creator.assemble().missing == ()
         runs.complete(creator, second, late)
         for device in (creator, second, late):
             assert runs.lost(before, runs.seen(device)) == []
