@@ -11,12 +11,16 @@ The rules, in the order in which they decide:
 2. A task belongs to devices that have examples of its classes *and* of others. If no live device has both,
    everyone with data may train it: rotating over them restores the mixture that no one has alone. `tasks`
    excludes, for class tasks only.
-3. A shard that nobody holds comes before one that somebody holds; among those the one that lags most.
+3. The stem comes first, and one of the fast devices trains it: all branches stand on it. Stem and branches
+   go on side by side: neither begins a lease far ahead of the other.
+4. Of the shards that nobody holds, the one that lags most comes first. One that somebody holds is given to
+   others by rule 5 only: the mean of two leases from one start is worth about one of them, and counts as two.
    Holders that are far slower than the others, or overdue, keep their lease but do not keep others out.
-4. No device runs ahead on a shard: one that has given more of the shard's samples than its share of all the
+5. No device runs ahead on a shard: one that has given more of the shard's samples than its share of all the
    work, by over half a lease, looks for another shard, and joins one that is held rather than go on. Thus
    each shard is trained on everybody's data in turn, with no barrier.
-5. Whoever would be idle helps where the fewest work, as long as the shard needs that many leases.
+
+Whoever is left over waits: its part of the computation is smaller.
 
 A device gets several tasks at a time, by its speed, so that stem features are computed once for all of them;
 a quarter of the open tasks stays free, so that there is something to move on to.
@@ -45,12 +49,13 @@ STRAGGLER_SPEED: Final = 0.25
 AHEAD_LEASES: Final = 0.5
 #: A preferred task may get this many times the device's share.
 PREFERENCE: Final = 3.0
-#: The stem runs ahead of the branches, in the end by this many leases: they train on a better stem, and its
-#: last lease is over when they come to the gate.
-STEM_LEAD_LEASES: Final = 3.0
-#: One more device trains the stem for each such number of leases that this lead lacks. Fewer: less waiting at
-#: the gate. More: fewer overlaps, in which the same samples teach less.
-STEM_LAG_LEASES: Final = 1.0
+#: The stem is trained by one device at a time, and by no device slower than this fraction of the fastest:
+#: everybody waits for it. Lower: more devices' data are in it, and a run takes longer.
+STEM_SPEED: Final = 0.5
+#: Leases by which a branch may be ahead of the stem when it begins one, and the stem of the branch that is in
+#: front. More: less waiting. Less: more of a branch is trained on features as good as itself; both early
+#: features and those of a stem that is done already cost accuracy (docs/results/method.md).
+LEAD_LEASES: Final = 1.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -93,18 +98,22 @@ def needs(spec: RunSpec, samples: Mapping[ShardId, int]) -> dict[ShardId, int]:
     """Samples that may be trained now, per shard; 0 for what is complete or gated.
 
     Until the stem is sealed, a branch may not see more samples than the stem's budget, which is the same
-    fraction of its own.
+    fraction of its own. It begins no lease when it is more than `LEAD_LEASES` ahead of the stem, nor does the
+    stem when it is ahead of all branches: a branch that nobody can train holds nobody up.
     """
-    seal = spec.budget(STEM)
-    sealed = samples.get(STEM, 0) >= seal
+    seal, stem = spec.budget(STEM), samples.get(STEM, 0)
+    sealed = stem >= seal
+    front = max(samples.get(shard, 0) for shard in spec.shards if shard != STEM)
+    lead = LEAD_LEASES * spec.schedule.lease_samples
     result = {}
     for shard in spec.shards:
         limit = spec.budget(shard) if sealed else min(seal, spec.budget(shard))
         seen = samples.get(shard, 0)
         need = max(0, limit - seen)
         # Less than a batch short of the gate, a lease would step over it.
-        at_gate = shard != STEM and not sealed and seen > 0 and need < spec.schedule.batch_size
-        result[shard] = 0 if at_gate else need
+        short = seen > 0 and need < spec.schedule.batch_size
+        ahead = stem - front > lead if shard == STEM else not sealed and (short or seen - stem > lead)
+        result[shard] = 0 if ahead else need
     return result
 
 
@@ -125,9 +134,8 @@ def allot(
     hand = _Hand(spec, devices, shards, only)
     hand.give_preferred()
     hand.give_vacant(ahead=False)
-    hand.help_held(ahead=False)
+    hand.change_places()
     hand.give_vacant(ahead=True)
-    hand.help_held(ahead=True)
     return {device: tuple(leases) for device, leases in hand.leases.items()}
 
 
@@ -236,7 +244,8 @@ class _Hand:
             }
             for shard in self.need
         }
-        self.stem_leases = spec.budget(STEM) / self.lease
+        if STEM in self.eligible:
+            self.eligible[STEM] = self._fast(self.eligible[STEM])
         self.place = self._places(spec)
         self.excess = self._excesses()
         self.least_excess = {
@@ -252,9 +261,14 @@ class _Hand:
             goal = spec.budget(shard) if sealed else spec.budget(STEM)
             # In whole leases, so that shards which differ by part of one are chosen by visits instead.
             place[shard] = self.shards[shard].samples // self.lease * self.lease / goal
-        if not sealed:
-            place[STEM] *= self.stem_leases / (self.stem_leases + STEM_LEAD_LEASES)
         return place
+
+    def _fast(self, eligible: frozenset[DeviceId]) -> frozenset[DeviceId]:
+        """Those that are fast enough for the stem, of those that are neither stragglers nor stuck, if any."""
+        overdue = self.slack - self.stragglers
+        usable = (eligible - self.slack) or (eligible - overdue) or eligible
+        fastest = max((self.devices[device].speed for device in usable), default=0.0)
+        return frozenset(device for device in usable if self.devices[device].speed >= STEM_SPEED * fastest)
 
     def _excesses(self) -> dict[tuple[ShardId, DeviceId], float]:
         """Leases that each idle device has given to each shard beyond its share of all the work.
@@ -297,46 +311,37 @@ class _Hand:
 
     def _give(self, *, ahead: bool, preferred: bool) -> None:
         for shard in sorted(self.need, key=self._urgency):
-            while len(self.holders[shard]) < self._wanted(shard):
-                candidates = [
-                    view
-                    for view in self.idle
-                    if self._may(view, shard, ahead=ahead)
-                    and (not preferred or shard == STEM or shard in view.prefer)
-                ]
-                if not candidates:
-                    break
-                self._assign(shard, min(candidates, key=lambda view: self._fitness(view, shard)))
-
-    def help_held(self, *, ahead: bool) -> None:
-        """Held shards to devices that have nothing, as long as each holder has a whole lease to train."""
-        helping = {view.device for view in self.idle if not self.leases[view.device]}
-        while helping and self._help(helping, ahead=ahead):
-            pass
-
-    def _help(self, helping: set[DeviceId], *, ahead: bool) -> bool:
-        """Give one shard to one of the helping devices, if any can be given."""
-        for shard in sorted(self.need, key=lambda shard: (len(self.holders[shard]), self._urgency(shard))):
-            if (len(self.holders[shard]) + 1) * self.lease > self.need[shard]:
+            if self.holders[shard]:
                 continue
             candidates = [
-                view for view in self.idle if view.device in helping and self._may(view, shard, ahead=ahead)
+                view
+                for view in self.idle
+                if self._may(view, shard, ahead=ahead)
+                and (not preferred or shard == STEM or shard in view.prefer)
             ]
             if candidates:
                 self._assign(shard, min(candidates, key=lambda view: self._fitness(view, shard)))
-                return True
-        return False
 
-    def _wanted(self, shard: ShardId) -> int:
-        """Holders that a shard should have before others get a second one."""
-        if shard != STEM:
-            return 1
-        branches = [place for other, place in self.place.items() if other != STEM]
-        if not branches:
-            return 1
-        lag = (statistics.fmean(branches) - self.place[STEM]) * self.stem_leases
-        more = int(lag / STEM_LAG_LEASES)
-        return max(1, min(1 + more, self.need[STEM] // self.lease, len(self.devices) // 2))
+    def change_places(self) -> None:
+        """Held branches to devices that have nothing and could only go on with what they are ahead on.
+
+        Where there are as many tasks as devices, this is how they come to another one: the holder finds the
+        one that was left.
+        """
+        open_to_all = [shard for shard in self.need if not self.holders[shard] and shard != STEM]
+        for view in self.idle:
+            if self.leases[view.device] or not any(self._may(view, one, ahead=True) for one in open_to_all):
+                continue
+            held = [
+                shard
+                for shard in self.need
+                if shard != STEM
+                and self.holders[shard]
+                and (len(self.holders[shard]) + 1) * self.lease <= self.need[shard]
+                and self._may(view, shard, ahead=False)
+            ]
+            if held:
+                self._assign(min(held, key=lambda one: (len(self.holders[one]), self._urgency(one))), view)
 
     def _may(self, view: DeviceView, shard: ShardId, *, ahead: bool) -> bool:
         """Whether an idle device can take a shard on top of what it has been given."""
@@ -344,8 +349,7 @@ class _Hand:
         if device not in self.eligible[shard] or shard in given or given == [STEM]:
             return False
         if shard == STEM:
-            # The gate waits for the stem: a slow device trains it only where no other works.
-            if given or (device in self.stragglers and self.eligible[STEM] - self.slack):
+            if given:
                 return False
         elif len(given) >= self.slots[device]:
             return False
@@ -355,10 +359,10 @@ class _Hand:
         self.leases[view.device].append(shard)
         self.holders[shard].add(view.device)
 
-    def _urgency(self, shard: ShardId) -> tuple[float, bool, float, bytes]:
-        """Order of the shards: what lags most, then the stem, then what its best candidate knows least."""
+    def _urgency(self, shard: ShardId) -> tuple[bool, float, float, bytes]:
+        """Order of the shards: the stem, then what lags most, then what its best candidate knows least."""
         generation = self.shards[shard].generation
-        return self.place[shard], shard != STEM, round(self.least_excess[shard], 3), _rank(shard, generation)
+        return shard != STEM, self.place[shard], round(self.least_excess[shard], 3), _rank(shard, generation)
 
     def _fitness(self, view: DeviceView, shard: ShardId) -> tuple[bool, float, float, bytes]:
         """Order of the candidates for a shard, the best first."""

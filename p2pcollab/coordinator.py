@@ -380,6 +380,9 @@ class Coordinator:
             self._idle_since = now
             self._patience_s = self.settings.silence_s / 2 * (1 + self._rng.random())
         views = self._views(now)
+        if not self._vacant(views):
+            # Nothing is free: who waits for the stem, or for its turn, has not waited in vain.
+            self._idle_since = now
         waited_s = now - self._idle_since
         if waited_s > HOPELESS * self._patience_s:
             views = [view for view in views if view.leases or view.device == self.device]
@@ -398,6 +401,12 @@ class Coordinator:
         self._sequence += 1
         self._claimed_at = now
         return Claim(shards=shards, sequence=self._sequence, ask=self._promising((*shards, STEM), now))
+
+    def _vacant(self, views: Sequence[DeviceView]) -> bool:
+        """Whether something may be trained now that nobody holds."""
+        held = {shard for view in views for shard in view.leases}
+        needs = allotment.needs(self.spec, self._samples())
+        return any(need > 0 and shard not in held for shard, need in needs.items())
 
     def confirm(self, now: float) -> tuple[ShardId, ...]:
         """The shards of the claim that are kept, after it was published and the board was read again.

@@ -58,8 +58,9 @@ def household(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Household]:
         watcher = fleet.add("watcher", folder / "watcher")
         code = runs.create(desktop, spec)
         # A task belongs to whoever has examples of it *and* is there: the desktop must be there first.
-        runs.training(desktop)
-        desktop.processes()["trainer"].suspend()
+        # It stands still with the stem, so that every task is free for the others.
+        while runs.freeze_in_a_lease(desktop) != ["stem"]:
+            desktop.processes()["trainer"].resume()
         for device in (picky, narrow, watcher):
             device.start(mode="join", code=code)
         for device in (picky, narrow):

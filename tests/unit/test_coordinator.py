@@ -273,9 +273,10 @@ def test_claim_yields_to_a_device_that_started_unseen() -> None:
 def test_holders_that_a_claim_knew_of_do_not_contest_it() -> None:
     one = coordinator()
     others = [
-        Record(device=device(1 + index), state="training", leases=(shard,), lease_sequence=1)
-        for index, shard in enumerate(SPEC.shards)
-    ]
+        # They are far slower than this one, so that they keep nobody out.
+        Record(device=device(1 + index), state="training", leases=(shard,), lease_sequence=1, speed=0.01)
+        for index, shard in enumerate(SPEC.shards[:2])
+    ] + [Record(device=device(7), state="idle"), Record(device=device(8), state="idle")]
     one.observe_board(others, 0.0)
     claim = one.decide(0.0)
     assert claim is not None
@@ -328,7 +329,8 @@ def test_lease_that_takes_far_too_long_is_trained_by_others() -> None:
     one.finished(10.0)
     one.advert = replace(one.advert, tasks=frozenset())
     entry = successor((), 2, SPEC.budget(STEM) - 50, shard=STEM)
-    one.receive([mine(entry)], 10.0)
+    beside = successor((), 2, SPEC.budget(STEM) - 50)
+    one.receive([mine(entry), mine(beside)], 10.0)
     stuck = Record(device=device(1), state="training", leases=("stem",), lease_sequence=1)
     claimed_at = None
     for now in range(11, 200):
@@ -342,7 +344,8 @@ def test_lease_that_takes_far_too_long_is_trained_by_others() -> None:
 
 def test_device_that_has_had_no_lease_does_not_wait_for_ever_for_one_that_is_stuck() -> None:
     one = coordinator(advert=Advert(speed=1.0, class_counts=(10, 10, 10, 10), tasks=frozenset()))
-    one.receive([mine(successor((), 2, SPEC.budget(STEM) - 50, shard=STEM))], 0.0)
+    seen = SPEC.budget(STEM) - 50
+    one.receive([mine(successor((), 2, seen, shard=STEM)), mine(successor((), 2, seen))], 0.0)
     stuck = Record(device=device(1), state="training", leases=("stem",), lease_sequence=1)
     for now in range(int(OVERDUE_UNKNOWN_S) + 1):
         one.observe_board([replace(stuck, beat=now + 1)], float(now))
@@ -471,7 +474,7 @@ def test_lease_in_progress_is_needed_until_all_its_shards_are_complete() -> None
 
 @pytest.mark.parametrize(
     ("stem_samples", "seen", "samples"),
-    [(500, 0, 100), (500, 950, 50), (500, 955, 50), (500, 999, 10), (0, 400, 100), (0, 455, 40)],
+    [(500, 0, 100), (500, 950, 50), (500, 955, 50), (500, 999, 10), (400, 400, 100), (400, 455, 40)],
     ids=["whole lease", "rest", "rest rounded up", "at least a batch", "to the gate", "not over the gate"],
 )
 def test_lease_is_as_long_as_the_shard_needs(stem_samples: int, seen: int, samples: int) -> None:
