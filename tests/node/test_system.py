@@ -49,7 +49,7 @@ class Household:
 @pytest.fixture(scope="module")
 def household(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Household]:
     folder = tmp_path_factory.mktemp("household")
-    spec = runs.digits_spec("household", epochs=4)
+    spec = runs.digits_spec("household", epochs=8)
     images = runs.write_digits(folder / "images", spec, classes=("0", "1", "2"), part="train", most=60)
     with Fleet() as fleet:
         desktop = runs.add_digits(fleet, "desktop", folder, "1/2", prefer=("7",))
@@ -58,13 +58,14 @@ def household(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Household]:
         watcher = fleet.add("watcher", folder / "watcher")
         code = runs.create(desktop, spec)
         # A task belongs to whoever has examples of it *and* is there: the desktop must be there first.
-        # It stands still with the stem, so that every task is free for the others.
-        while runs.freeze_in_a_lease(desktop) != ["stem"]:
-            desktop.processes()["trainer"].resume()
+        runs.freeze_in_a_lease(desktop)
         for device in (picky, narrow, watcher):
             device.start(mode="join", code=code)
+        # With their data: what the desktop holds goes round among all three then.
         for device in (picky, narrow):
-            runs.eventually(lambda device=device: runs.contributed(device), f"{device.name} to train")
+            runs.eventually(
+                lambda device=device: ready(desktop, device), f"{device.name} to be seen as one that trains"
+            )
         runs.eventually(lambda: "observer" in runs.peer_states(desktop), "the watcher to be seen as one")
         desktop.processes()["trainer"].resume()
         runs.complete(desktop, picky, narrow, watcher)
@@ -77,6 +78,11 @@ def household(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Household]:
             narrow=narrow,
             watcher=watcher,
         )
+
+
+def ready(device: LocalDevice, other: LocalDevice) -> bool:
+    """Whether a device sees that another one takes leases."""
+    return bool(runs.known(other)) and runs.peer_state(device, runs.device_id(other)) in ("idle", "training")
 
 
 def _visitor(code: str, folder: Path) -> DaemonOptions:
