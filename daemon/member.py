@@ -45,6 +45,7 @@ _DRAIN_S: Final = 12.0
 _HANDOVER_S: Final = 6.0
 #: How long an assembly asks for shards that a live device may have and does not give.
 _HARVEST_S: Final = 12.0
+#: How long it waits before it looks, or asks, again.
 _AGAIN_S: Final = 0.5
 _SAVE_S: Final = 5.0
 
@@ -210,13 +211,13 @@ class Member:
             missing = session.coordinator.harvest(session.store.digests(), session.clock())
             # What every live device says that it does not hold died with its maker.
             wants = [want for want in missing if want.holders]
-            whoever_is_there_is_known = session.coordinator.has_listened(session.clock())
-            if not (wants if whoever_is_there_is_known else missing) or session.clock() > deadline:
+            # Who has not listened for long may not have seen yet who holds the rest.
+            open_wants = wants if session.coordinator.has_listened(session.clock()) else missing
+            if not open_wants or session.clock() > deadline:
                 break
             await self.gossip.fetch_all(wants)
             # A device that could not give something just now is asked again after a while.
-            got = any(session.store.has(want.digest) for want in wants[:1])
-            await anyio.sleep(0 if got else _AGAIN_S)
+            await anyio.sleep(0 if session.store.has(open_wants[0].digest) else _AGAIN_S)
         held = session.store.digests()
         frontiers = {
             shard: session.coordinator.obtainable(shard, held, session.clock())

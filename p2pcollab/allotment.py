@@ -112,8 +112,8 @@ def needs(spec: RunSpec, samples: Mapping[ShardId, int]) -> dict[ShardId, int]:
         need = max(0, limit - seen)
         # Less than a batch short of the gate, a lease would step over it.
         short = seen > 0 and need < spec.schedule.batch_size
-        ahead = stem - front > lead if shard == STEM else not sealed and (short or seen - stem > lead)
-        result[shard] = 0 if ahead else need
+        waits = stem - front > lead if shard == STEM else not sealed and (short or seen - stem > lead)
+        result[shard] = 0 if waits else need
     return result
 
 
@@ -328,30 +328,28 @@ class _Hand:
         Where there are as many tasks as devices, this is how they come to another one: the holder finds the
         one that was left.
         """
-        open_to_all = [shard for shard in self.need if not self.holders[shard] and shard != STEM]
+        free = [shard for shard in self.need if shard != STEM and not self.holders[shard]]
+        held = [shard for shard in self.need if shard != STEM and self.holders[shard]]
         for view in self.idle:
-            if self.leases[view.device] or not any(self._may(view, one, ahead=True) for one in open_to_all):
+            if self.leases[view.device] or not any(self._may(view, shard, ahead=True) for shard in free):
                 continue
-            held = [
+            joinable = [
                 shard
-                for shard in self.need
-                if shard != STEM
-                and self.holders[shard]
-                and (len(self.holders[shard]) + 1) * self.lease <= self.need[shard]
+                for shard in held
+                if (len(self.holders[shard]) + 1) * self.lease <= self.need[shard]
                 and self._may(view, shard, ahead=False)
             ]
-            if held:
-                self._assign(min(held, key=lambda one: (len(self.holders[one]), self._urgency(one))), view)
+            if joinable:
+                self._assign(
+                    min(joinable, key=lambda one: (len(self.holders[one]), self._urgency(one))), view
+                )
 
     def _may(self, view: DeviceView, shard: ShardId, *, ahead: bool) -> bool:
         """Whether an idle device can take a shard on top of what it has been given."""
         device, given = view.device, self.leases[view.device]
         if device not in self.eligible[shard] or shard in given or given == [STEM]:
             return False
-        if shard == STEM:
-            if given:
-                return False
-        elif len(given) >= self.slots[device]:
+        if len(given) >= (1 if shard == STEM else self.slots[device]):
             return False
         return ahead or self.excess[shard, device] <= AHEAD_LEASES
 

@@ -356,6 +356,7 @@ def _rotate(seed: int, devices: int, spec: RunSpec, leases: int) -> dict[ShardId
         shards += [ShardView(shard=shard, samples=sum(v.values()), visits=v) for shard, v in visits.items()]
         given_leases = allot(spec, views, shards, only=device(index))[device(index)]
         # Where all tasks are held, a device asks again when it hears of an end.
+        assert given_leases or any(other != index and held[other][1] for other in held)
         lasts = len(given_leases) * rng.uniform(0.9, 1.1) or 0.1
         leases -= bool(given_leases)
         held[index] = (now + lasts, given_leases)

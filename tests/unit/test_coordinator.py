@@ -354,6 +354,34 @@ def test_device_that_has_had_no_lease_does_not_wait_for_ever_for_one_that_is_stu
     assert one.decide(OVERDUE_UNKNOWN_S + 1) is not None
 
 
+def test_patience_with_idle_devices_does_not_run_while_nothing_is_free() -> None:
+    """Or who had waited for its turn long enough would take what idle devices with better data are given."""
+    one = coordinator(advert=Advert(speed=1.0, class_counts=(0, 10, 10, 10)))
+    owner = Record(device=device(9), class_counts=(10, 10, 10, 10))
+    busy = [
+        Record(device=device(1 + index), state="training", leases=(shard,), lease_sequence=1)
+        for index, shard in enumerate(SPEC.shards)
+    ]
+    for now in range(200):
+        beat = now + 1
+        one.observe_board([replace(each, beat=beat) for each in (owner, *busy)], float(now))
+        assert one.decide(float(now)) is None
+    # t0 becomes free: it is the owner's.
+    left = [replace(each, beat=201) for each in (owner, *busy) if each.leases != (T0,)]
+    gone = replace(busy[1], beat=201, state="idle", leases=(), class_counts=(0, 0, 0, 0))
+    assert busy[1].leases == (T0,)
+    one.observe_board([*left, gone], 200.0)
+    assert one.decide(200.0) is None
+
+
+def test_who_is_there_is_known_after_as_long_as_a_live_device_may_be_silent() -> None:
+    one = coordinator()
+    assert not one.has_listened(1000.0)
+    one.observe_board([], 1000.0)
+    assert not one.has_listened(1000.0 + SILENCE - 0.1)
+    assert one.has_listened(1000.0 + SILENCE)
+
+
 def test_claim_names_the_devices_that_promise_newer_contributions() -> None:
     one = coordinator()
     ahead = Record(device=device(1), state="observer", progress=(("stem", 3, 300),))
