@@ -359,18 +359,18 @@ def test_patience_with_idle_devices_does_not_run_while_nothing_is_free() -> None
     one = coordinator(advert=Advert(speed=1.0, class_counts=(0, 10, 10, 10)))
     owner = Record(device=device(9), class_counts=(10, 10, 10, 10))
     busy = [
-        Record(device=device(1 + index), state="training", leases=(shard,), lease_sequence=1)
+        Record(
+            device=device(1 + index), state="training", leases=(shard,), lease_sequence=1,
+            class_counts=(0, 10, 10, 10),
+        )
         for index, shard in enumerate(SPEC.shards)
-    ]
+    ]  # fmt: skip
     for now in range(200):
-        beat = now + 1
-        one.observe_board([replace(each, beat=beat) for each in (owner, *busy)], float(now))
+        one.observe_board([replace(each, beat=now + 1) for each in (owner, *busy)], float(now))
         assert one.decide(float(now)) is None
     # t0 becomes free: it is the owner's.
-    left = [replace(each, beat=201) for each in (owner, *busy) if each.leases != (T0,)]
-    gone = replace(busy[1], beat=201, state="idle", leases=(), class_counts=(0, 0, 0, 0))
-    assert busy[1].leases == (T0,)
-    one.observe_board([*left, gone], 200.0)
+    freed = [replace(each, state="idle", leases=()) if each.leases == (T0,) else each for each in busy]
+    one.observe_board([replace(each, beat=201) for each in (owner, *freed)], 200.0)
     assert one.decide(200.0) is None
 
 
