@@ -95,6 +95,7 @@ def main() -> int:
                     result = run_column(
                         configuration, column, seed, options.threads,
                         lambda done, task=task: progress.update(task, completed=done),
+                        path.with_suffix(".safetensors"),
                     )  # fmt: skip
                     write_atomic(
                         path, (json.dumps(result | {"machine": _machine()}, indent=1) + "\n").encode()

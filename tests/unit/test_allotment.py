@@ -266,8 +266,8 @@ def test_device_ahead_of_its_share_joins_another_shard_rather_than_go_on() -> No
     t0, t1 = spec.shards[1:]
     shards = [
         ShardView(shard=STEM, samples=spec.budget(STEM)),
-        ShardView(shard=t0, samples=1000, visits={device(0): 1000}),
-        ShardView(shard=t1, samples=1000, visits={device(1): 1000}),
+        ShardView(shard=t0, samples=2000, visits={device(0): 2000}),
+        ShardView(shard=t1, samples=2000, visits={device(1): 2000}),
     ]
     holder = DeviceView(device=device(1), speed=1.0, class_counts=(9, 9), leases=(t1,))
     idle = DeviceView(device=device(0), speed=1.0, class_counts=(9, 9))

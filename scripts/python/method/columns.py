@@ -6,12 +6,13 @@ import multiprocessing
 import statistics
 import time
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any, Final
 
 import torch
 
 from p2pcollab import cost
-from p2pcollab.assembly import load_model
+from p2pcollab.assembly import load_model, save_atomic
 from p2pcollab.central import Central, train_decoupled, train_dense, train_grouped
 from p2pcollab.daemon.rehearsal import Rehearsal, RehearsedDevice
 from p2pcollab.daemon.workshop import peak_rss_bytes
@@ -41,14 +42,23 @@ _SLOWEST_MACS_S: Final = 1e10
 
 
 def run_column(
-    configuration: Configuration, column: str, seed: int, threads: int, on_progress: OnProgress
+    configuration: Configuration,
+    column: str,
+    seed: int,
+    threads: int,
+    on_progress: OnProgress,
+    model_file: Path,
 ) -> dict[str, Any]:
-    """Train one column with one seed; JSON values."""
+    """Train one column with one seed; JSON values.
+
+    Args:
+        model_file: where the assembled model goes, for what one may ask of it later.
+    """
     torch.set_num_threads(threads)
     spec = configuration.spec(seed)
     started = time.monotonic()
     if column == "D":
-        result = _assembled(configuration, spec, seed, threads, on_progress)
+        result = _assembled(configuration, spec, seed, threads, on_progress, model_file)
     else:
         result = _central(configuration, spec, column, seed, on_progress)
     return result | {
@@ -84,7 +94,12 @@ def _central(
 
 
 def _assembled(
-    configuration: Configuration, spec: RunSpec, seed: int, threads: int, on_progress: OnProgress
+    configuration: Configuration,
+    spec: RunSpec,
+    seed: int,
+    threads: int,
+    on_progress: OnProgress,
+    model_file: Path,
 ) -> dict[str, Any]:
     shared = configuration.partition == "shared"
     count = len(configuration.speeds)
@@ -102,6 +117,7 @@ def _assembled(
         seed=seed,
         on_lease=on_progress,
     ).run()
+    save_atomic(model_file, rehearsed.model)
     loaded = load_model(rehearsed.model)
     data = load(configuration.source, spec, configuration.root, limit=configuration.limit)
     device = "cuda" if torch.cuda.is_available() else "cpu"
