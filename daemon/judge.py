@@ -64,7 +64,8 @@ class Judge:
         found = self.compare(trial, tensors, decode)
         if found is None:
             return None
-        return judge_loss(found, STALENESS_DISCOUNT ** min(trial.behind, STALENESS_MAX))
+        weight = STALENESS_DISCOUNT ** min(trial.behind, STALENESS_MAX)
+        return judge_loss(found, weight, stem=trial.contribution.shard == STEM)
 
     def compare(self, trial: Trial, tensors: ShardTensors, decode: Decode) -> Comparison | None:
         """Its losses and its reference's; None if this device cannot judge."""

@@ -250,7 +250,7 @@ class Coordinator:
         """What counts now. Its own work a device always counts, or it would use a count twice."""
         out = self._outvoted - {self.device}
         self._believed = self._holding.without_devices(out) if out else self._holding
-        doubted = self._opinions.distrusted - out
+        doubted = self._opinions.accused - out
         self._relied_on = self._believed.without_devices(doubted) if doubted else self._believed
 
     def _disbelieve(self, contributions: Iterable[Contribution]) -> None:
@@ -269,18 +269,20 @@ class Coordinator:
         What is malformed does not count any more; what is only refused is not built on here. It stays in
         the ledger, so that nobody brings it again.
         """
+        accused_before = self._opinions.accused
         caught = self._opinions.judge(contribution, verdict)
         if verdict is not None and verdict.malformed:
             self._disbelieve([contribution])
         if caught:
             reason = f"its device is distrusted: {self._opinions.reason(contribution.device)}"
             self._suspended.append(Refusal(contribution=contribution, reason=reason))
+        if self._opinions.accused != accused_before:
             self._count()
 
     @property
     def accused(self) -> tuple[DeviceId, ...]:
-        """Devices that this one has caught lying, to be named in its contributions."""
-        return accused(self._opinions.distrusted)
+        """Devices that this one has caught lying or suspects of it, to be named in its contributions."""
+        return accused(self._opinions.accused)
 
     @property
     def opinions(self) -> dict[str, Any]:

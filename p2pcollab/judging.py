@@ -47,11 +47,14 @@ EARLY: Final = 0.25
 #: its loss, beyond so many standard errors.
 MARGIN: Final = 0.05
 MARGIN_PART: Final = 0.1
-ERRORS: Final = 2.0
+ERRORS: Final = 2.5
 #: The same for what is gross.
 GROSS_MARGIN: Final = 1.0
 GROSS_MARGIN_PART: Final = 2.0
 GROSS_ERRORS: Final = 4.0
+#: Of a stem less is gross: it brings the head that it is tried with, so that nothing has moved on under it.
+STEM_GROSS_MARGIN: Final = 0.5
+STEM_GROSS_MARGIN_PART: Final = 0.5
 #: Late work counts for little in a merge, so that it may be as much worse; but not for more than this many
 #: times the margin.
 LEAST_WEIGHT: Final = 0.25
@@ -171,13 +174,16 @@ def compare(candidate_N: Tensor, reference_N: Tensor, sample: Sample) -> Compari
     )
 
 
-def judge_loss(found: Comparison, weight: float) -> Verdict | None:
+def judge_loss(found: Comparison, weight: float, *, stem: bool = False) -> Verdict | None:
     """Why a contribution is too bad to be built on, if it is, and whether grossly so.
 
     Args:
         weight: what it counts for in a merge against the reference, 0..1.
+        stem: whether it is one, and no branch.
     """
-    gross = _worse(found, GROSS_MARGIN, GROSS_MARGIN_PART, GROSS_ERRORS)
+    margin = STEM_GROSS_MARGIN if stem else GROSS_MARGIN
+    margin_part = STEM_GROSS_MARGIN_PART if stem else GROSS_MARGIN_PART
+    gross = _worse(found, margin, margin_part, GROSS_ERRORS)
     weight = max(weight, LEAST_WEIGHT)
     if not gross and not _worse(found, MARGIN / weight, MARGIN_PART / weight, ERRORS):
         return None

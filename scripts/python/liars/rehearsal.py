@@ -113,9 +113,9 @@ class LyingRehearsal(Rehearsal):
     def check(self, device: Device, trial: Trial) -> Verdict | None:
         found: list[tuple[Comparison, float]] = []
 
-        def note(comparison: Comparison, weight: float) -> Verdict | None:
+        def note(comparison: Comparison, weight: float, *, stem: bool) -> Verdict | None:
             found.append((comparison, weight))
-            return judge_loss(comparison, weight)
+            return judge_loss(comparison, weight, stem=stem)
 
         with mock.patch.object(judge, "judge_loss", note):
             verdict = super().check(device, trial)
@@ -165,7 +165,8 @@ class LyingRehearsal(Rehearsal):
         attack, shard = self.attack, made.shard
         assert attack is not None
         if attack == "label-flip":
-            return made  # it was trained on wrong labels
+            # It was trained on wrong labels. Signed anew, because a liar accuses nobody.
+            return self._resigned(device, made, self._decode(made))
         parents = next(job.parents for job in plan.shards if job.shard == shard)
         try:
             parent = merged_shard(self.spec, shard, parents, self._decode)
