@@ -25,6 +25,7 @@ from p2pcollab.models import initial_shard
 from p2pcollab.run import ShardId
 from p2pcollab.shards import ShardTensors, decode_shard, encode_shard
 from p2pcollab.simulation import Broken, Device, Scenario, Simulation
+from p2pcollab.simulation.checks import Checks
 from p2pcollab.trust import Verdict
 from p2pcollab.wire import sign_contribution
 
@@ -50,12 +51,25 @@ class Tally:
     comparisons: list[tuple[bool, float, float, float, float, float]] = field(default_factory=list)
 
 
+class _HonestChecks(Checks):
+    """Promises that liars are not held to: who signs two stories cannot keep the tensors of both."""
+
+    def __init__(self, simulation: Simulation, liars: frozenset[int]) -> None:
+        super().__init__(simulation)
+        self._liars = liars
+
+    def stored_before_named(self, device: Device) -> None:
+        if device.index not in self._liars:
+            super().stored_before_named(device)
+
+
 class LyingSimulation(Simulation):
     """A simulation whose promises hold for the honest devices only."""
 
     def __init__(self, scenario: Scenario, seed: int, training: LyingRehearsal) -> None:
         super().__init__(scenario, seed, training)
         self._liars = training.liars
+        self.checks = _HonestChecks(self, training.liars)
 
     def honest(self) -> list[Device]:
         return [device for device in self.live() if device.index not in self._liars]
