@@ -2,10 +2,11 @@
 
 A device that was caught twice with tensors that no honest lease makes is *distrusted* by the device that
 caught it. A device of whose work a judge refuses much more than of everybody else's is *suspected* by it:
-that catches lies of which none is gross. One gross stem is enough, too: a stem is tried with the head that it
-brings, and in 33 runs no honest one was gross, while nearly all that were trained on flipped labels were. A
-judge that refuses much of everybody's
-work, because it has few classes or holds a spoilt state, suspects nobody.
+that catches lies of which none is gross, such as flipped labels. One gross stem is enough, too: a stem is
+tried with the head that it brings. In 45 runs with two liars or none, some of them repeated under other
+rules, no trial of an honest stem came near it, and 79 % of those of stems with flipped labels were beyond. A
+judge that refuses much of everybody's work, because it has few classes or holds a spoilt state, suspects
+nobody for that.
 
 A device names both in its next contributions, which are in the ledger: whom more than a quarter of the
 others name is *outvoted*, on all devices with equal ledgers alike, whether they have examples to judge by or
