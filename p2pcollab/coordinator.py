@@ -250,6 +250,7 @@ class Coordinator:
         """What counts now. Its own work a device always counts, or it would use a count twice."""
         out = self._outvoted - {self.device}
         self._believed = self._holding.without_devices(out) if out else self._holding
+        self._holdings.notice_stem(self._believed.frontier(STEM))
         doubted = self._opinions.accused - out
         self._relied_on = self._believed.without_devices(doubted) if doubted else self._believed
 
@@ -326,15 +327,16 @@ class Coordinator:
     def trial(self, contribution: Contribution, held: AbstractSet[str], now: float) -> Trial:
         """What to compare a contribution's tensors with, now that they are here.
 
-        With what this device would go on from without it; on the newest stem that it has, because that is
-        the one that the branch would be used with.
+        With what this device would go on from without it; a branch on the stem that it was trained on, if
+        that is here. On another one, honest work may be much worse than guessing until a lease on that has
+        been trained: of the honest branches that were refused, most were good on their own stem.
         """
         shard = contribution.shard
         reference = self._holdings.without(self._relied_on, contribution, held, self._opinions.shunned)
         stem: tuple[Contribution, ...] = ()
         if shard != STEM:
-            start = self._start(STEM, held, frozenset(self.live(now)), now)
-            stem = tuple(entry for entry in start if entry.tensors_digest in held)
+            own = self._holdings.stem(contribution.stem_digest, held, self._opinions.shunned)
+            stem = self._newest_stem(held, now) if own is None else own
         newest = max((entry.generation for entry in reference), default=0)
         record = self._presence.live(now).get(contribution.device)
         return Trial(
@@ -344,6 +346,10 @@ class Coordinator:
             behind=max(0, newest - contribution.generation),
             class_counts=tuple(record.class_counts) if record is not None else None,
         )
+
+    def _newest_stem(self, held: AbstractSet[str], now: float) -> tuple[Contribution, ...]:
+        start = self._start(STEM, held, frozenset(self.live(now)), now)
+        return tuple(entry for entry in start if entry.tensors_digest in held)
 
     def forget(self, devices: Collection[DeviceId]) -> None:
         """Devices were shut out of the run: their leases are vacant, and their contributions leave the
@@ -611,7 +617,9 @@ class Coordinator:
         return tuple(ahead)
 
     def wanted(self, held: AbstractSet[str], now: float) -> tuple[Want, ...]:
-        """Tensors to fetch: what the lease in preparation starts from first, then this device's replicas."""
+        """Tensors to fetch: what the lease in preparation starts from first, then this device's replicas, and
+        what devices make that it doubts: it has refused work of theirs, and means to know whether by chance.
+        """
         live = frozenset(self.live(now))
         wants: list[Want] = []
         if self._phase in (_Phase.CLAIMED, _Phase.HELD):
@@ -620,6 +628,10 @@ class Coordinator:
                 wants += self._holdings.want(start, held, live, now, needed=True)
         named = {want.digest for want in wants}
         quota = self._holdings.quota(self._believed, self._shards, live, now)
+        if doubted := self._opinions.doubted - self._outvoted:
+            frontiers = (self._believed.frontier(shard) for shard in self._shards)
+            doubtful = [entry for frontier in frontiers for entry in frontier if entry.device in doubted]
+            quota += [entry for entry in doubtful if entry not in quota]
         replicas = self._holdings.want(quota, held, live, now, needed=False)
         return (*wants, *(want for want in replicas if want.digest not in named))
 

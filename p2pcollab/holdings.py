@@ -12,11 +12,13 @@ trained, their effect is lost), or they would stay in the frontier for ever.
 from __future__ import annotations
 
 import hashlib
+from collections import deque
 from collections.abc import Iterable, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
+from typing import Final
 
-from .ledger import Contribution, Key, Ledger, frontier_of
+from .ledger import Contribution, Key, Ledger, frontier_of, states_digest
 from .run import DeviceId, ShardId
 from .trust import Work, work
 
@@ -51,6 +53,11 @@ class ReplicationSettings:
     write_off_s: float = 60.0
 
 
+#: States of the stem that a device remembers, and whose tensors it keeps where it has them: branches that come
+#: are tried on the one that they were trained on. A stem is small; a branch arrives within a few leases.
+STEMS_KEPT: Final = 6
+
+
 def rendezvous(digest: str, devices: Iterable[DeviceId]) -> list[DeviceId]:
     """Devices by their weight for a digest: the first ones keep it (highest random weight)."""
     return sorted(devices, key=lambda device: hashlib.sha256(f"{digest}\0{device}".encode()).digest())
@@ -73,6 +80,8 @@ class Holdings:
         self._ranked: dict[str, list[DeviceId]] = {}
         self._chosen: dict[str, bool] = {}
         self._ranked_among: frozenset[DeviceId] = frozenset()
+        #: Frontiers of the stem, the newest last.
+        self._stems: deque[tuple[Contribution, ...]] = deque(maxlen=STEMS_KEPT)
 
     def notice(self, contribution: Contribution, replaced: Contribution | None, now: float) -> None:
         """A contribution has entered the ledger, in the place of an older one if there was one."""
@@ -127,6 +136,29 @@ class Holdings:
             for entry in known
             if entry != contribution and entry.tensors_digest in held and work(entry) not in shunned
         )
+
+    def notice_stem(self, frontier: tuple[Contribution, ...]) -> None:
+        """The stem is merged of these now."""
+        if frontier and (not self._stems or self._stems[-1] != frontier):
+            self._stems.append(frontier)
+
+    def stem(
+        self, digest: str, held: AbstractSet[str], shunned: AbstractSet[Work] = frozenset()
+    ) -> tuple[Contribution, ...] | None:
+        """What the stem with this `states_digest` is merged of, if that is known, held and not refused.
+
+        A frontier, or one contribution to it: others may have refused the rest, or not have heard of it.
+        """
+        if digest == states_digest(()):
+            return ()
+        for frontier in reversed(self._stems):
+            for state in (frontier, *((entry,) for entry in frontier)):
+                if states_digest(state) == digest:
+                    usable = all(
+                        entry.tensors_digest in held and work(entry) not in shunned for entry in state
+                    )
+                    return state if usable else None
+        return None
 
     def named(self, ledger: Ledger, shard: ShardId, digest: str) -> list[Contribution]:
         """The contributions to a shard that are known to have these tensors."""
@@ -267,4 +299,5 @@ class Holdings:
             newest_here.update({entry.key: entry for entry in here})
             kept.update(entry.tensors_digest for entry in (*frontier, *before, *here))
         self._here = newest_here
+        kept.update(entry.tensors_digest for frontier in self._stems for entry in frontier)
         return kept

@@ -35,7 +35,7 @@ from .trust import Verdict
 #: Examples of a task's own classes, and of others, that one contribution is tried on. With 64 of each the
 #: mean difference has a standard error of a few hundredths; trying costs as much as training 40 examples.
 OWN_MAX: Final = 64
-OTHERS_MAX: Final = 64
+OTHERS_MAX: Final = 192
 #: With fewer of either, chance decides.
 OWN_MIN: Final = 4
 OTHERS_MIN: Final = 4
@@ -48,6 +48,8 @@ EARLY: Final = 0.25
 MARGIN: Final = 0.05
 MARGIN_PART: Final = 0.1
 ERRORS: Final = 2.5
+STEM_MARGIN: Final = 0.02
+STEM_MARGIN_PART: Final = 0.04
 #: The same for what is gross.
 GROSS_MARGIN: Final = 1.0
 GROSS_MARGIN_PART: Final = 2.0
@@ -185,7 +187,8 @@ def judge_loss(found: Comparison, weight: float, *, stem: bool = False) -> Verdi
     margin_part = STEM_GROSS_MARGIN_PART if stem else GROSS_MARGIN_PART
     gross = _worse(found, margin, margin_part, GROSS_ERRORS)
     weight = max(weight, LEAST_WEIGHT)
-    if not gross and not _worse(found, MARGIN / weight, MARGIN_PART / weight, ERRORS):
+    margin, margin_part = (STEM_MARGIN, STEM_MARGIN_PART) if stem else (MARGIN, MARGIN_PART)
+    if not gross and not _worse(found, margin / weight, margin_part / weight, ERRORS):
         return None
     return Verdict(
         reason=f"it is {'far ' if gross else ''}worse than what it would replace: a loss of "

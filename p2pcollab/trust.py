@@ -44,6 +44,12 @@ SUSPECT_MIN: Final = 2
 SUSPECT_CHANCE: Final = 0.06
 #: Part of honest work that a judge refuses at least, for that estimate: what it has seen is little.
 SUSPECT_BASE: Final = 0.1
+#: One in so many of the others, those whose work was refused most, is left out of that estimate: or two liars
+#: would vouch for each other.
+LEFT_OUT_PART: Final = 4
+#: Below this chance a device is doubted. Nearer to 1: one refusal in a long run has everything fetched that
+#: its maker makes afterwards. Nearer to 0: a liar is known only to those who happen to need two of its lies.
+DOUBT_CHANCE: Final = 0.5
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,6 +87,7 @@ class Opinions:
         self._tried: Counter[DeviceId] = Counter()
         self._refused: Counter[DeviceId] = Counter()
         self._suspected: set[DeviceId] = set()
+        self._doubted: set[DeviceId] = set()
         self._distrusted: dict[DeviceId, str] = {}
         self._shunned: frozenset[Work] = frozenset()
 
@@ -98,6 +105,12 @@ class Opinions:
     def accused(self) -> frozenset[DeviceId]:
         """Devices that this device votes against: those that it distrusts, and those that it suspects."""
         return frozenset(self._distrusted) | self._suspected
+
+    @property
+    def doubted(self) -> frozenset[DeviceId]:
+        """Devices whose next work should be tried, whoever else needs it: it was refused, and may have been
+        by chance."""
+        return frozenset(self._doubted) - self.accused
 
     def reason(self, device: DeviceId) -> str | None:
         """Why a device is distrusted, if it is."""
@@ -126,9 +139,30 @@ class Opinions:
             return
         self._tried[device] += 1
         self._refused[device] += refused
-        others = self._tried.total() - self._tried[device], self._refused.total() - self._refused[device]
-        if refused and stands_out(self._refused[device], self._tried[device], others[1], others[0]):
+        counts = self._counts(device)
+        if refused and stands_out(*counts):
             self._suspected.add(device)
+        if self._refused[device] and chance_of(*counts) < DOUBT_CHANCE:
+            self._doubted.add(device)
+        else:
+            self._doubted.discard(device)
+
+    def _counts(self, device: DeviceId) -> tuple[int, int, int, int]:
+        """What was refused and tried of a device's work, and of the others'."""
+        others = sorted(
+            (
+                (self._refused[one] / tried, self._refused[one], tried)
+                for one, tried in self._tried.items()
+                if one != device
+            ),
+        )
+        others = others[: len(others) - len(others) // LEFT_OUT_PART]
+        return (
+            self._refused[device],
+            self._tried[device],
+            sum(refused for _, refused, _ in others),
+            sum(tried for _, _, tried in others),
+        )
 
     def _remember(self, made: Work, verdict: Verdict | None) -> None:
         self._found[made] = verdict
@@ -182,16 +216,14 @@ def _list(kept: object) -> list[Any]:
     return kept if isinstance(kept, list) else []
 
 
-def stands_out(refused: int, tried: int, others_refused: int, others_tried: int) -> bool:
-    """Whether a judge refuses so much of one device's work that chance does not explain it.
+def chance_of(refused: int, tried: int, others_refused: int, others_tried: int) -> float:
+    """How likely so much of a device's work, or more, is refused by chance.
 
     As often as of the others' work, and the less is known of that, the nearer to a half (Laplace's rule).
     """
-    if refused < SUSPECT_MIN:
-        return False
     base = max(SUSPECT_BASE, (others_refused + 1) / (others_tried + 2))
     # In logarithms: the binomial coefficients of a long run are no floats any more.
-    chance = sum(
+    return sum(
         math.exp(
             math.lgamma(tried + 1)
             - math.lgamma(count + 1)
@@ -201,7 +233,11 @@ def stands_out(refused: int, tried: int, others_refused: int, others_tried: int)
         )
         for count in range(refused, tried + 1)
     )
-    return chance < SUSPECT_CHANCE
+
+
+def stands_out(refused: int, tried: int, others_refused: int, others_tried: int) -> bool:
+    """Whether a judge refuses so much of one device's work that chance does not explain it."""
+    return refused >= SUSPECT_MIN and chance_of(refused, tried, others_refused, others_tried) < SUSPECT_CHANCE
 
 
 def accused(distrusted: Iterable[DeviceId]) -> tuple[DeviceId, ...]:
