@@ -36,7 +36,7 @@ from .ledger import Contribution, Ledger, states_digest
 from .plans import Advert, Claim, CoordinatorSettings, JobPlan, RecordFields, ShardJob, Trial
 from .presence import BoardRecord, Presence, Sighting
 from .run import STEM, DeviceId, RunSpec, ShardId
-from .trust import Opinions, Verdict, accused, outvoted
+from .trust import Opinions, Verdict, accused, outvoted, work
 
 __all__ = [
     "Advert",
@@ -54,6 +54,8 @@ __all__ = [
 ]
 
 
+#: Part of a device's classes that a judge must have examples of to hold refusals against it.
+FAIR_PART: Final = 0.75
 #: Idle devices count for nothing after this many times the patience.
 HOPELESS: Final = 4.0
 
@@ -271,7 +273,7 @@ class Coordinator:
         the ledger, so that nobody brings it again.
         """
         accused_before = self._opinions.accused
-        caught = self._opinions.judge(contribution, verdict)
+        caught = self._opinions.judge(contribution, verdict, fair=self._fair(contribution.device))
         if verdict is not None and verdict.malformed:
             self._disbelieve([contribution])
         if caught:
@@ -279,6 +281,18 @@ class Coordinator:
             self._suspended.append(Refusal(contribution=contribution, reason=reason))
         if self._opinions.accused != accused_before:
             self._count()
+
+    def _fair(self, device: DeviceId) -> bool:
+        """Whether this device has examples of most classes that another one trains on.
+
+        A device with three classes of ten builds a state that is good at those three. Honest work of one with
+        all ten is worse on them, time and again.
+        """
+        record = self._presence.record(device)
+        theirs = record.class_counts if record is not None and any(record.class_counts) else None
+        counts = theirs or (1,) * len(self.spec.classes)
+        shared = sum(mine > 0 < count for mine, count in zip(self.advert.class_counts, counts, strict=False))
+        return shared >= FAIR_PART * sum(count > 0 for count in counts)
 
     @property
     def accused(self) -> tuple[DeviceId, ...]:
@@ -513,6 +527,14 @@ class Coordinator:
             # This device has lost its own work, say to a damaged disk. Its count must rise all the same:
             # to use a count for two different contributions is equivocation.
             written_off.append(own)
+        # What is refused is declared contained as well, or it would stay in the frontier beside this lease
+        # and pull at all that is merged of both. No liar gains by that: it could claim to contain what it
+        # likes anyway, and who builds on its lease tries that against what it has.
+        written_off += [
+            entry
+            for entry in self._believed.frontier(shard)
+            if self._refuses(entry) and entry not in (*parents, *written_off)
+        ]
         samples = self._believed.samples(shard)
         return ShardJob(
             shard=shard,
@@ -521,6 +543,12 @@ class Coordinator:
             samples=samples,
             progress=min(1.0, samples / self.spec.budget(shard)),
         )
+
+    def _refuses(self, entry: Contribution) -> bool:
+        """Whether this device does not build on a contribution, and can tell that it is a bad one."""
+        if entry.device == self.device or not self._fair(entry.device):
+            return False
+        return entry.device in self._opinions.accused or work(entry) in self._opinions.shunned
 
     def _lease_samples(self, need: int) -> int:
         """Samples of a lease: whole batches, rounded down before the gate and up before the end."""
@@ -625,15 +653,26 @@ class Coordinator:
         if self._phase in (_Phase.CLAIMED, _Phase.HELD):
             for shard in self._required():
                 start = self._start(shard, held, live, now)
-                wants += self._holdings.want(start, held, live, now, needed=True)
+                # First what it is to be judged by: tensors are tried as they come.
+                first = self._references(start, held, live, now)
+                wants += self._holdings.want(first or start, held, live, now, needed=True)
         named = {want.digest for want in wants}
         quota = self._holdings.quota(self._believed, self._shards, live, now)
-        if doubted := self._opinions.doubted - self._outvoted:
-            frontiers = (self._believed.frontier(shard) for shard in self._shards)
-            doubtful = [entry for frontier in frontiers for entry in frontier if entry.device in doubted]
-            quota += [entry for entry in doubtful if entry not in quota]
+        doubted = self._opinions.doubted - self._outvoted
+        for shard in self._shards:
+            for entry in self._believed.frontier(shard):
+                if (entry.device in doubted or shard == STEM) and entry not in quota:
+                    quota.append(entry)
         replicas = self._holdings.want(quota, held, live, now, needed=False)
         return (*wants, *(want for want in replicas if want.digest not in named))
+
+    def _references(
+        self, start: Sequence[Contribution], held: AbstractSet[str], live: AbstractSet[DeviceId], now: float
+    ) -> tuple[Contribution, ...]:
+        if not any(self.advert.class_counts):
+            return ()
+        shunned = self._opinions.shunned
+        return self._holdings.references(self._relied_on, start, held, live, now, shunned)
 
     def harvest(self, held: AbstractSet[str], now: float) -> tuple[Want, ...]:
         """Tensors to fetch before the global model can be put together: every frontier."""

@@ -53,9 +53,12 @@ class ReplicationSettings:
     write_off_s: float = 60.0
 
 
-#: States of the stem that a device remembers, and whose tensors it keeps where it has them: branches that come
-#: are tried on the one that they were trained on. A stem is small; a branch arrives within a few leases.
+#: States of the stem that a device remembers, and whose tensors it keeps where it has them: a branch is tried
+#: on the one that it was trained on. A stem is small, and a branch arrives within a few leases.
 STEMS_KEPT: Final = 6
+#: How long what a lease starts from is not fetched for want of something to judge it by. A device that has
+#: nothing to compare it with believes what is no worse than guessing.
+REFERENCE_WAIT_S: Final = 2.0
 
 
 def rendezvous(digest: str, devices: Iterable[DeviceId]) -> list[DeviceId]:
@@ -159,6 +162,32 @@ class Holdings:
                     )
                     return state if usable else None
         return None
+
+    def references(
+        self,
+        ledger: Ledger,
+        start: Sequence[Contribution],
+        held: AbstractSet[str],
+        live: AbstractSet[DeviceId],
+        now: float,
+        shunned: AbstractSet[Work] = frozenset(),
+    ) -> tuple[Contribution, ...]:
+        """What is missing here to judge a lease's start by: what a shard would be merged of without it.
+
+        Nothing, if it cannot be had, or does not come within `REFERENCE_WAIT_S`.
+        """
+        missing = []
+        for entry in start:
+            if entry.device != self._device and entry.tensors_digest not in held:
+                known = self._known(ledger, entry.shard)
+                others = [one for one in known if one not in start and work(one) not in shunned]
+                missing += [one for one in frontier_of(others) if one.tensors_digest not in held]
+        return tuple(
+            one
+            for one in dict.fromkeys(missing)
+            if self._askable(one.tensors_digest, live, now)
+            and now - self._missing_since.setdefault(one.tensors_digest, now) < REFERENCE_WAIT_S
+        )
 
     def named(self, ledger: Ledger, shard: ShardId, digest: str) -> list[Contribution]:
         """The contributions to a shard that are known to have these tensors."""

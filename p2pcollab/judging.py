@@ -54,9 +54,6 @@ STEM_MARGIN_PART: Final = 0.04
 GROSS_MARGIN: Final = 1.0
 GROSS_MARGIN_PART: Final = 2.0
 GROSS_ERRORS: Final = 4.0
-#: Of a stem less is gross: it brings the head that it is tried with, so that nothing has moved on under it.
-STEM_GROSS_MARGIN: Final = 0.5
-STEM_GROSS_MARGIN_PART: Final = 0.5
 #: Late work counts for little in a merge, so that it may be as much worse; but not for more than this many
 #: times the margin.
 LEAST_WEIGHT: Final = 0.25
@@ -183,9 +180,7 @@ def judge_loss(found: Comparison, weight: float, *, stem: bool = False) -> Verdi
         weight: what it counts for in a merge against the reference, 0..1.
         stem: whether it is one, and no branch.
     """
-    margin = STEM_GROSS_MARGIN if stem else GROSS_MARGIN
-    margin_part = STEM_GROSS_MARGIN_PART if stem else GROSS_MARGIN_PART
-    gross = _worse(found, margin, margin_part, GROSS_ERRORS)
+    gross = _worse(found, GROSS_MARGIN, GROSS_MARGIN_PART, GROSS_ERRORS)
     weight = max(weight, LEAST_WEIGHT)
     margin, margin_part = (STEM_MARGIN, STEM_MARGIN_PART) if stem else (MARGIN, MARGIN_PART)
     if not gross and not _worse(found, margin / weight, margin_part / weight, ERRORS):

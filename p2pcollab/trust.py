@@ -44,6 +44,9 @@ SUSPECT_MIN: Final = 2
 SUSPECT_CHANCE: Final = 0.06
 #: Part of honest work that a judge refuses at least, for that estimate: what it has seen is little.
 SUSPECT_BASE: Final = 0.1
+#: A refused stem counts as so many contributions: it is tried with the head that it brings, so that nothing
+#: has moved on under it, and hardly any honest one is refused (none in 530 trials of 60 stems).
+STEM_WEIGHT: Final = 2
 #: One in so many of the others, those whose work was refused most, is left out of that estimate: or two liars
 #: would vouch for each other.
 LEFT_OUT_PART: Final = 4
@@ -116,16 +119,22 @@ class Opinions:
         """Why a device is distrusted, if it is."""
         return self._distrusted.get(device)
 
-    def judge(self, contribution: Contribution, verdict: Verdict | None) -> bool:
-        """A contribution was tried; whether its device is distrusted from now on, and was not before."""
+    def judge(self, contribution: Contribution, verdict: Verdict | None, *, fair: bool = True) -> bool:
+        """A contribution was tried; whether its device is distrusted from now on, and was not before.
+
+        Args:
+            fair: whether this device can tell a lie from honest work on data that are unlike its own. If it
+                cannot, it does not build on what it refuses, and holds that against nobody.
+        """
         made = work(contribution)
         if made in self._found:
             return False
         self._remember(made, verdict)
         device = contribution.device
-        self._tally(device, refused=verdict is not None)
-        if verdict is not None and verdict.gross and contribution.shard == STEM:
-            self._suspected.add(device)
+        if not fair and (verdict is None or not verdict.malformed):
+            return False
+        refused = verdict is not None
+        self._tally(device, STEM_WEIGHT if refused and contribution.shard == STEM else 1, refused=refused)
         self._gross[device] += verdict is not None and verdict.gross
         if verdict is None or device in self._distrusted:
             return False
@@ -134,11 +143,11 @@ class Opinions:
             self._distrusted[device] = f"{gross} of its contributions were far worse than what was there"
         return device in self._distrusted
 
-    def _tally(self, device: DeviceId, *, refused: bool) -> None:
+    def _tally(self, device: DeviceId, count: int, *, refused: bool) -> None:
         if device not in self._tried and len(self._tried) >= DEVICES_MAX:
             return
-        self._tried[device] += 1
-        self._refused[device] += refused
+        self._tried[device] += count
+        self._refused[device] += count * refused
         counts = self._counts(device)
         if refused and stands_out(*counts):
             self._suspected.add(device)

@@ -31,7 +31,7 @@ SPEC = RunSpec(
 
 
 def coordinator(number: int) -> Coordinator:
-    nothing = Advert(speed=1.0, class_counts=(0, 0), works=False)
+    nothing = Advert(speed=1.0, class_counts=(5, 5), works=False)
     return Coordinator(SPEC, device(number), nothing, CoordinatorSettings(), random.Random(number))
 
 
@@ -89,11 +89,58 @@ def test_a_judge_that_refuses_everybodys_work_votes_against_nobody() -> None:
     assert mine.accused == frozenset()
 
 
-def test_one_gross_stem_is_enough_for_a_vote_and_one_gross_branch_is_not() -> None:
+def test_liars_do_not_vouch_for_each_other() -> None:
+    """That two liars' work is refused makes neither of them look like everybody else."""
+    mine = Opinions()
+    for author in range(1, 8):
+        mine.judge(made(author, 1), None)
+    for count in (1, 2, 3):
+        mine.judge(made(8, count), REFUSED)
+    for count, verdict in enumerate((None, REFUSED, REFUSED), start=1):
+        mine.judge(made(9, count), verdict)
+    assert mine.accused == {device(8), device(9)}
+
+
+def test_one_refused_stem_is_enough_for_a_vote_and_one_refused_branch_is_not() -> None:
+    mine = Opinions()
+    for author in (1, 2, 3):
+        mine.judge(made(author, 1), None)
+    mine.judge(made(4, 1), REFUSED)
+    mine.judge(made(5, 1, shard=STEM), REFUSED)
+    assert (mine.accused, mine.distrusted) == ({device(5)}, frozenset())
+
+
+def test_a_judge_that_knows_nobody_elses_work_votes_against_nobody_for_one_stem() -> None:
     mine = Opinions()
     mine.judge(made(1, 1, shard=STEM), GROSS)
-    mine.judge(made(2, 1), GROSS)
-    assert (mine.accused, mine.distrusted) == ({device(1)}, frozenset())
+    assert mine.accused == frozenset()
+
+
+def test_who_was_refused_is_doubted_until_enough_of_its_work_is_good_or_bad() -> None:
+    mine = Opinions()
+    for author in (1, 2, 3):
+        mine.judge(made(author, 1), None)
+    mine.judge(made(4, 1), REFUSED)
+    assert mine.doubted == {device(4)}
+    for count in range(2, 9):
+        mine.judge(made(4, count), None)
+    assert mine.doubted == frozenset()
+    for count in (1, 2, 3):
+        mine.judge(made(5, count), REFUSED)
+    # It is voted against: nobody need look any more.
+    assert mine.accused == {device(5)} and mine.doubted == frozenset()
+
+
+def test_a_judge_that_cannot_be_fair_refuses_and_holds_it_against_nobody() -> None:
+    mine = Opinions()
+    for count in range(1, 20):
+        mine.judge(made(1, count), GROSS, fair=False)
+    assert mine.accused == mine.doubted == frozenset()
+    assert len(mine.shunned) == 19
+    # What is malformed is so for everybody.
+    for count in (20, 21):
+        mine.judge(made(1, count), replace(GROSS, malformed=True), fair=False)
+    assert mine.distrusted == {device(1)}
 
 
 @given(st.integers(0, 30), st.integers(0, 30), st.integers(0, 300), st.integers(0, 300))
