@@ -36,7 +36,7 @@ from .ledger import Contribution, Ledger, states_digest
 from .plans import Advert, Claim, CoordinatorSettings, JobPlan, RecordFields, ShardJob, Trial
 from .presence import BoardRecord, Presence, Sighting
 from .run import STEM, DeviceId, RunSpec, ShardId
-from .trust import Opinions, Verdict, accused, outvoted, work
+from .trust import Opinions, Verdict, accused, outvoted
 
 __all__ = [
     "Advert",
@@ -527,14 +527,6 @@ class Coordinator:
             # This device has lost its own work, say to a damaged disk. Its count must rise all the same:
             # to use a count for two different contributions is equivocation.
             written_off.append(own)
-        # What is refused is declared contained as well, or it would stay in the frontier beside this lease
-        # and pull at all that is merged of both. No liar gains by that: it could claim to contain what it
-        # likes anyway, and who builds on its lease tries that against what it has.
-        written_off += [
-            entry
-            for entry in self._believed.frontier(shard)
-            if self._refuses(entry) and entry not in (*parents, *written_off)
-        ]
         samples = self._believed.samples(shard)
         return ShardJob(
             shard=shard,
@@ -543,12 +535,6 @@ class Coordinator:
             samples=samples,
             progress=min(1.0, samples / self.spec.budget(shard)),
         )
-
-    def _refuses(self, entry: Contribution) -> bool:
-        """Whether this device does not build on a contribution, and can tell that it is a bad one."""
-        if entry.device == self.device or not self._fair(entry.device):
-            return False
-        return entry.device in self._opinions.accused or work(entry) in self._opinions.shunned
 
     def _lease_samples(self, need: int) -> int:
         """Samples of a lease: whole batches, rounded down before the gate and up before the end."""
@@ -661,8 +647,11 @@ class Coordinator:
         doubted = self._opinions.doubted - self._outvoted
         for shard in self._shards:
             for entry in self._believed.frontier(shard):
-                if (entry.device in doubted or shard == STEM) and entry not in quota:
+                if shard == STEM:
                     quota.append(entry)
+                elif entry.device in doubted:
+                    quota += self._references((entry,), held, live, now) or (entry,)
+        quota = list(dict.fromkeys(quota))
         replicas = self._holdings.want(quota, held, live, now, needed=False)
         return (*wants, *(want for want in replicas if want.digest not in named))
 

@@ -18,7 +18,7 @@ from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from typing import Final
 
-from .ledger import Contribution, Key, Ledger, frontier_of, states_digest
+from .ledger import Contribution, Key, Ledger, frontier_of, states_digest, supersedes
 from .run import DeviceId, ShardId
 from .trust import Work, work
 
@@ -132,12 +132,18 @@ class Holdings:
         held: AbstractSet[str],
         shunned: AbstractSet[Work] = frozenset(),
     ) -> tuple[Contribution, ...]:
-        """What a shard could be merged of here if a contribution had never been made."""
+        """What a shard could be merged of here if a contribution had never been made.
+
+        So without what was built on it, which is better as a rule.
+        """
         known = self._known(ledger, contribution.shard)
         return frontier_of(
             entry
             for entry in known
-            if entry != contribution and entry.tensors_digest in held and work(entry) not in shunned
+            if entry != contribution
+            and entry.tensors_digest in held
+            and work(entry) not in shunned
+            and not supersedes(entry, contribution)
         )
 
     def notice_stem(self, frontier: tuple[Contribution, ...]) -> None:

@@ -616,17 +616,14 @@ def test_a_device_without_most_of_anothers_classes_does_not_vote_against_it(
     assert one.accused == ((device(1),) if votes else ())
 
 
-def test_what_a_device_refuses_is_declared_contained_in_its_next_lease() -> None:
-    honest = mine(contribution(1))
-    lie = mine(contribution(2, {1: 10, 2: 10}, generation=2))
-    one = holding((T0,), [honest])
-    one.receive([lie], 0.0)
-    one.judged(lie, REFUSED)
-    (job,) = start(one, digests(one) | {honest.tensors_digest}, 0.0).shards
-    assert job.parents == (honest,)
-    assert job.written_off == (lie,)
-    assert dict(job.seen(device(0), 10)) == {device(0): 10, device(1): 10, device(2): 10}
-    assert job.generation == 3
+def test_a_contribution_is_not_compared_with_what_was_built_on_it() -> None:
+    earlier = mine(contribution(1))
+    middle = mine(successor((earlier,), 2))
+    latest = mine(successor((middle,), 3))
+    one = coordinator()
+    one.receive([earlier, middle, latest], 0.0)
+    assert one.trial(middle, digests(one), 0.0).reference == (earlier,)
+    assert one.trial(latest, digests(one), 0.0).reference == (middle,)
 
 
 def test_what_a_lease_is_to_be_judged_by_is_fetched_before_what_it_starts_from() -> None:
