@@ -51,15 +51,18 @@ class Tally:
     comparisons: list[tuple[bool, float, float, float, float, float]] = field(default_factory=list)
 
 
-class _HonestChecks(Checks):
-    """Promises that liars are not held to: who signs two stories cannot keep the tensors of both."""
+class _Checks(Checks):
+    """Without the one promise that a device which signs two stories cannot keep.
 
-    def __init__(self, simulation: Simulation, liars: frozenset[int]) -> None:
+    The one with the greater digest is its newest in every ledger; its own disk has the other's tensors.
+    """
+
+    def __init__(self, simulation: Simulation, equivocators: frozenset[int]) -> None:
         super().__init__(simulation)
-        self._liars = liars
+        self._equivocators = equivocators
 
     def stored_before_named(self, device: Device) -> None:
-        if device.index not in self._liars:
+        if device.index not in self._equivocators:
             super().stored_before_named(device)
 
 
@@ -69,7 +72,8 @@ class LyingSimulation(Simulation):
     def __init__(self, scenario: Scenario, seed: int, training: LyingRehearsal) -> None:
         super().__init__(scenario, seed, training)
         self._liars = training.liars
-        self.checks = _HonestChecks(self, training.liars)
+        equivocators = training.liars if training.attack == "equivocation" else frozenset()
+        self.checks = _Checks(self, equivocators)
 
     def honest(self) -> list[Device]:
         return [device for device in self.live() if device.index not in self._liars]
