@@ -1,8 +1,9 @@
 """Holdings: which tensors a device needs, whom it asks for them, and which it must not throw away.
 
 The ledger travels to everyone; tensors travel to those that need them. A device needs the tensors that its
-next lease starts from, and its quota of replicas: each contribution that matters lives on a few devices,
-chosen by rendezvous hashing, so that all devices agree on them without a word.
+next lease starts from, what it judges that by, every stem, and its quota of replicas: each contribution
+that matters lives on a few devices, chosen by rendezvous hashing, so that all devices agree on them without a
+word.
 
 Tensors can be lost: their maker dies before anyone has fetched them. Then a lease starts from what came
 before them. If they are not seen for long, the next contribution declares them contained (their samples were

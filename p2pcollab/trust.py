@@ -2,11 +2,10 @@
 
 A device that was caught twice with tensors that no honest lease makes is *distrusted* by the device that
 caught it. A device of whose work a judge refuses much more than of everybody else's is *suspected* by it:
-that catches lies of which none is gross, such as flipped labels. One gross stem is enough, too: a stem is
-tried with the head that it brings. In 45 runs with two liars or none, some of them repeated under other
-rules, no trial of an honest stem came near it, and 79 % of those of stems with flipped labels were beyond. A
-judge that refuses much of everybody's work, because it has few classes or holds a spoilt state, suspects
-nobody for that.
+that catches lies of which none is gross, such as flipped labels. A judge that refuses much of everybody's
+work, because it has few classes or holds a spoilt state, suspects nobody for that. A device of whose work
+some was refused, as may happen to any, is *doubted*: its next work is tried as soon as it is there, and not
+only where it is needed.
 
 A device names both in its next contributions, which are in the ledger: whom more than a quarter of the
 others name is *outvoted*, on all devices with equal ledgers alike, whether they have examples to judge by or
@@ -37,9 +36,7 @@ Work = tuple[DeviceId, str]
 #: Gross contributions for which a device is distrusted. After one, chance or a broken disk may be to blame.
 GROSS_MAX: Final = 2
 #: Refused contributions for which a device may be suspected, if an honest one would be so unlucky with at
-#: most this probability. In a run of ten a judge tries two to six contributions of each of the others. In
-#: replays of 18 runs, 12 of them under attack, three judges or more would have suspected 18 of 24 liars, and
-#: one judge one honest device.
+#: most this probability. In a run of ten a judge tries two to six contributions of each of the others.
 SUSPECT_MIN: Final = 2
 SUSPECT_CHANCE: Final = 0.06
 #: Part of honest work that a judge refuses at least, for that estimate: what it has seen is little.
