@@ -24,7 +24,7 @@ from __future__ import annotations
 import enum
 import random
 from collections import deque
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from typing import Any, Final
 
@@ -644,20 +644,27 @@ class Coordinator:
                 wants += self._holdings.want(first or start, held, live, now, needed=True)
         named = {want.digest for want in wants}
         quota = self._holdings.quota(self._believed, self._shards, live, now)
+        quota = list(dict.fromkeys((*quota, *self._evidence(held, live, now))))
+        replicas = self._holdings.want(quota, held, live, now, needed=False)
+        return (*wants, *(want for want in replicas if want.digest not in named))
+
+    def _evidence(
+        self, held: AbstractSet[str], live: AbstractSet[DeviceId], now: float
+    ) -> Iterator[Contribution]:
+        """What a device that can judge fetches to judge by, and to be judged."""
+        if not any(self.advert.class_counts):
+            return
+        yield from self._believed.frontier(STEM)
         doubted = self._opinions.doubted - self._outvoted
         for shard in self._shards:
             for entry in self._believed.frontier(shard):
-                if shard == STEM:
-                    quota.append(entry)
-                elif entry.device in doubted:
-                    quota += self._references((entry,), held, live, now) or (entry,)
-        quota = list(dict.fromkeys(quota))
-        replicas = self._holdings.want(quota, held, live, now, needed=False)
-        return (*wants, *(want for want in replicas if want.digest not in named))
+                if entry.device in doubted:
+                    yield from self._references((entry,), held, live, now) or (entry,)
 
     def _references(
         self, start: Sequence[Contribution], held: AbstractSet[str], live: AbstractSet[DeviceId], now: float
     ) -> tuple[Contribution, ...]:
+        """What is to be fetched before a lease's start, to judge that by."""
         if not any(self.advert.class_counts):
             return ()
         shunned = self._opinions.shunned
