@@ -79,6 +79,8 @@ class Holdings:
         self._here: dict[Key, Contribution] = {}
         self._noticed_at: dict[str, float] = {}
         self._missing_since: dict[str, float] = {}
+        #: Since when tensors are asked for only to judge others by.
+        self._sought_since: dict[str, float] = {}
         self._refused: dict[str, dict[DeviceId, float]] = {}
         #: Of each digest the live devices by their weight, and whether its quota of replicas names this one.
         self._ranked: dict[str, list[DeviceId]] = {}
@@ -99,6 +101,7 @@ class Holdings:
     def _forget(self, digest: str) -> None:
         self._noticed_at.pop(digest, None)
         self._missing_since.pop(digest, None)
+        self._sought_since.pop(digest, None)
         self._refused.pop(digest, None)
         self._ranked.pop(digest, None)
         self._chosen.pop(digest, None)
@@ -111,7 +114,7 @@ class Holdings:
 
     def remembered(self) -> tuple[int, int]:
         """Contributions that were replaced, and the digests about which most is known."""
-        known = max(len(self._noticed_at), len(self._missing_since), len(self._refused))
+        known = max(map(len, (self._noticed_at, self._missing_since, self._sought_since, self._refused)))
         return len(self._replaced), max(known, len(self._ranked), len(self._chosen))
 
     def refuse(self, digest: str, device: DeviceId, now: float) -> None:
@@ -193,7 +196,7 @@ class Holdings:
             one
             for one in dict.fromkeys(missing)
             if self._askable(one.tensors_digest, live, now)
-            and now - self._missing_since.setdefault(one.tensors_digest, now) < REFERENCE_WAIT_S
+            and now - self._sought_since.setdefault(one.tensors_digest, now) < REFERENCE_WAIT_S
         )
 
     def named(self, ledger: Ledger, shard: ShardId, digest: str) -> list[Contribution]:

@@ -640,6 +640,21 @@ def test_what_a_lease_is_to_be_judged_by_is_fetched_before_what_it_starts_from()
     assert [want.digest for want in one.wanted(stem, late) if want.needed] == [latest.tensors_digest]
 
 
+def test_what_was_only_missing_to_judge_by_is_not_written_off_for_that() -> None:
+    earlier = mine(contribution(1))
+    latest = mine(successor((earlier,), 2))
+    one = holding((T0,), [earlier, latest])
+    one.wanted({latest.tensors_digest}, 0.0)
+    one.wanted(set(), 0.0)
+    one.judged(latest, Verdict(reason="of the wrong shape", gross=True, malformed=True))
+    late = SETTINGS.replication.write_off_s + 1.0
+    one.hear([Record(device=device(1), state="observer", beat=999)], late)
+    stem = contribution(9, {9: SPEC.budget(STEM)}, shard=STEM).tensors_digest
+    # It is the start of the lease now, and was not missing for that until now.
+    assert one.job({stem}, late) is None
+    assert earlier.tensors_digest in [want.digest for want in one.wanted({stem}, late)]
+
+
 def test_nobody_waits_for_a_reference_that_nobody_has() -> None:
     earlier = mine(contribution(1))
     latest = mine(successor((earlier,), 2))
