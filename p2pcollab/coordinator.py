@@ -343,7 +343,7 @@ class Coordinator:
 
         With what this device would go on from without it; a branch on the stem that it was trained on, if
         that is here. On another one, honest work may be much worse than guessing until a lease on that has
-        been trained: of the honest branches that were refused, most were good on their own stem.
+        been trained: half of the honest branches that were refused had been tried on another one.
         """
         shard = contribution.shard
         reference = self._holdings.without(self._relied_on, contribution, held, self._opinions.shunned)
