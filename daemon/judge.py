@@ -64,7 +64,8 @@ class Judge:
         found = self.compare(trial, tensors, decode)
         if found is None:
             return None
-        return judge_loss(found, STALENESS_DISCOUNT ** min(trial.behind, STALENESS_MAX))
+        weight = STALENESS_DISCOUNT ** min(trial.behind, STALENESS_MAX)
+        return judge_loss(found, weight, stem=trial.contribution.shard == STEM)
 
     def compare(self, trial: Trial, tensors: ShardTensors, decode: Decode) -> Comparison | None:
         """Its losses and its reference's; None if this device cannot judge."""
@@ -87,17 +88,21 @@ class Judge:
     def _reference(
         self, trial: Trial, stem: ShardTensors, decode: Decode, sample: Sample, *, early: bool
     ) -> Tensor:
-        """The losses of what is here. Guessing takes its place where it is better; but not early on."""
+        """The losses of what is here. If nothing is, those of guessing; early on, those of the initial state
+        if that is worse.
+
+        What is here may be worse than guessing, too: honest leases at a high learning rate leave such states,
+        which the next ones mend.
+        """
         shard = trial.contribution.shard
         guessed_N = guesses(self._spec, shard, self._data.labels, sample)
         if not trial.reference and not early:
             return guessed_N
         here_N = self._try(shard, self._state(shard, trial.reference, decode), stem, sample)
-        if trial.reference and early:
+        if trial.reference:
             return here_N
         found = compare(here_N, guessed_N, sample)
-        # Early, and with nothing here but the initial state, the worse of the two is asked for.
-        return here_N if (found.candidate <= found.reference) != early else guessed_N
+        return guessed_N if found.candidate <= found.reference else here_N
 
     def _sample(self, shard: ShardId, present: tuple[bool, ...]) -> Sample | None:
         key = shard, present

@@ -24,7 +24,7 @@ from __future__ import annotations
 import enum
 import random
 from collections import deque
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from typing import Any, Final
 
@@ -54,6 +54,8 @@ __all__ = [
 ]
 
 
+#: Part of a device's classes that a judge must have examples of to hold refusals against it.
+FAIR_PART: Final = 0.75
 #: Idle devices count for nothing after this many times the patience.
 HOPELESS: Final = 4.0
 
@@ -250,7 +252,8 @@ class Coordinator:
         """What counts now. Its own work a device always counts, or it would use a count twice."""
         out = self._outvoted - {self.device}
         self._believed = self._holding.without_devices(out) if out else self._holding
-        doubted = self._opinions.distrusted - out
+        self._holdings.notice_stem(self._believed.frontier(STEM))
+        doubted = self._opinions.accused - out
         self._relied_on = self._believed.without_devices(doubted) if doubted else self._believed
 
     def _disbelieve(self, contributions: Iterable[Contribution]) -> None:
@@ -269,18 +272,32 @@ class Coordinator:
         What is malformed does not count any more; what is only refused is not built on here. It stays in
         the ledger, so that nobody brings it again.
         """
-        caught = self._opinions.judge(contribution, verdict)
+        accused_before = self._opinions.accused
+        caught = self._opinions.judge(contribution, verdict, fair=self._fair(contribution.device))
         if verdict is not None and verdict.malformed:
             self._disbelieve([contribution])
         if caught:
             reason = f"its device is distrusted: {self._opinions.reason(contribution.device)}"
             self._suspended.append(Refusal(contribution=contribution, reason=reason))
+        if self._opinions.accused != accused_before:
             self._count()
+
+    def _fair(self, device: DeviceId) -> bool:
+        """Whether this device has examples of most classes that another one trains on.
+
+        A device with three classes of ten builds a state that is good at those three. Honest work of one with
+        all ten is worse on them, time and again.
+        """
+        record = self._presence.record(device)
+        theirs = record.class_counts if record is not None and any(record.class_counts) else None
+        counts = theirs or (1,) * len(self.spec.classes)
+        shared = sum(mine > 0 < count for mine, count in zip(self.advert.class_counts, counts, strict=False))
+        return shared >= FAIR_PART * sum(count > 0 for count in counts)
 
     @property
     def accused(self) -> tuple[DeviceId, ...]:
-        """Devices that this one has caught lying, to be named in its contributions."""
-        return accused(self._opinions.distrusted)
+        """Devices that this one has caught lying or suspects of it, to be named in its contributions."""
+        return accused(self._opinions.accused)
 
     @property
     def opinions(self) -> dict[str, Any]:
@@ -324,15 +341,16 @@ class Coordinator:
     def trial(self, contribution: Contribution, held: AbstractSet[str], now: float) -> Trial:
         """What to compare a contribution's tensors with, now that they are here.
 
-        With what this device would go on from without it; on the newest stem that it has, because that is
-        the one that the branch would be used with.
+        With what this device would go on from without it; a branch on the stem that it was trained on, if
+        that is here. On another one, honest work may be much worse than guessing until a lease on that has
+        been trained: half of the honest branches that were refused had been tried on another one.
         """
         shard = contribution.shard
         reference = self._holdings.without(self._relied_on, contribution, held, self._opinions.shunned)
         stem: tuple[Contribution, ...] = ()
         if shard != STEM:
-            start = self._start(STEM, held, frozenset(self.live(now)), now)
-            stem = tuple(entry for entry in start if entry.tensors_digest in held)
+            own = self._holdings.stem(contribution.stem_digest, held, self._opinions.shunned)
+            stem = self._newest_stem(held, now) if own is None else own
         newest = max((entry.generation for entry in reference), default=0)
         record = self._presence.live(now).get(contribution.device)
         return Trial(
@@ -342,6 +360,10 @@ class Coordinator:
             behind=max(0, newest - contribution.generation),
             class_counts=tuple(record.class_counts) if record is not None else None,
         )
+
+    def _newest_stem(self, held: AbstractSet[str], now: float) -> tuple[Contribution, ...]:
+        start = self._start(STEM, held, frozenset(self.live(now)), now)
+        return tuple(entry for entry in start if entry.tensors_digest in held)
 
     def forget(self, devices: Collection[DeviceId]) -> None:
         """Devices were shut out of the run: their leases are vacant, and their contributions leave the
@@ -609,17 +631,44 @@ class Coordinator:
         return tuple(ahead)
 
     def wanted(self, held: AbstractSet[str], now: float) -> tuple[Want, ...]:
-        """Tensors to fetch: what the lease in preparation starts from first, then this device's replicas."""
+        """Tensors to fetch: what the lease in preparation starts from first, then this device's replicas, and
+        what devices make that it doubts: it has refused work of theirs, and means to know whether by chance.
+        """
         live = frozenset(self.live(now))
         wants: list[Want] = []
         if self._phase in (_Phase.CLAIMED, _Phase.HELD):
             for shard in self._required():
                 start = self._start(shard, held, live, now)
-                wants += self._holdings.want(start, held, live, now, needed=True)
+                # First what it is to be judged by: tensors are tried as they come.
+                first = self._references(start, held, live, now)
+                wants += self._holdings.want(first or start, held, live, now, needed=True)
         named = {want.digest for want in wants}
         quota = self._holdings.quota(self._believed, self._shards, live, now)
+        quota = list(dict.fromkeys((*quota, *self._evidence(held, live, now))))
         replicas = self._holdings.want(quota, held, live, now, needed=False)
         return (*wants, *(want for want in replicas if want.digest not in named))
+
+    def _evidence(
+        self, held: AbstractSet[str], live: AbstractSet[DeviceId], now: float
+    ) -> Iterator[Contribution]:
+        """What a device that can judge fetches to judge by, and to be judged."""
+        if not any(self.advert.class_counts):
+            return
+        yield from self._believed.frontier(STEM)
+        doubted = self._opinions.doubted - self._outvoted
+        for shard in self._shards:
+            for entry in self._believed.frontier(shard):
+                if entry.device in doubted:
+                    yield from self._references((entry,), held, live, now) or (entry,)
+
+    def _references(
+        self, start: Sequence[Contribution], held: AbstractSet[str], live: AbstractSet[DeviceId], now: float
+    ) -> tuple[Contribution, ...]:
+        """What is to be fetched before a lease's start, to judge that by."""
+        if not any(self.advert.class_counts):
+            return ()
+        shunned = self._opinions.shunned
+        return self._holdings.references(self._relied_on, start, held, live, now, shunned)
 
     def harvest(self, held: AbstractSet[str], now: float) -> tuple[Want, ...]:
         """Tensors to fetch before the global model can be put together: every frontier."""

@@ -1,8 +1,9 @@
 """Holdings: which tensors a device needs, whom it asks for them, and which it must not throw away.
 
 The ledger travels to everyone; tensors travel to those that need them. A device needs the tensors that its
-next lease starts from, and its quota of replicas: each contribution that matters lives on a few devices,
-chosen by rendezvous hashing, so that all devices agree on them without a word.
+next lease starts from, what it judges that by, every stem, and its quota of replicas: each contribution
+that matters lives on a few devices, chosen by rendezvous hashing, so that all devices agree on them without a
+word.
 
 Tensors can be lost: their maker dies before anyone has fetched them. Then a lease starts from what came
 before them. If they are not seen for long, the next contribution declares them contained (their samples were
@@ -12,11 +13,13 @@ trained, their effect is lost), or they would stay in the frontier for ever.
 from __future__ import annotations
 
 import hashlib
+from collections import deque
 from collections.abc import Iterable, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
+from typing import Final
 
-from .ledger import Contribution, Key, Ledger, frontier_of
+from .ledger import Contribution, Key, Ledger, frontier_of, states_digest, supersedes
 from .run import DeviceId, ShardId
 from .trust import Work, work
 
@@ -51,6 +54,14 @@ class ReplicationSettings:
     write_off_s: float = 60.0
 
 
+#: States of the stem that a device remembers, and whose tensors it keeps where it has them: a branch is tried
+#: on the one that it was trained on. A stem is small, and a branch arrives within a few leases.
+STEMS_KEPT: Final = 6
+#: How long what a lease starts from is not fetched for want of something to judge it by. A device that has
+#: nothing to compare it with believes what is no worse than guessing.
+REFERENCE_WAIT_S: Final = 2.0
+
+
 def rendezvous(digest: str, devices: Iterable[DeviceId]) -> list[DeviceId]:
     """Devices by their weight for a digest: the first ones keep it (highest random weight)."""
     return sorted(devices, key=lambda device: hashlib.sha256(f"{digest}\0{device}".encode()).digest())
@@ -68,11 +79,15 @@ class Holdings:
         self._here: dict[Key, Contribution] = {}
         self._noticed_at: dict[str, float] = {}
         self._missing_since: dict[str, float] = {}
+        #: Since when tensors are asked for only to judge others by.
+        self._sought_since: dict[str, float] = {}
         self._refused: dict[str, dict[DeviceId, float]] = {}
         #: Of each digest the live devices by their weight, and whether its quota of replicas names this one.
         self._ranked: dict[str, list[DeviceId]] = {}
         self._chosen: dict[str, bool] = {}
         self._ranked_among: frozenset[DeviceId] = frozenset()
+        #: Frontiers of the stem, the newest last.
+        self._stems: deque[tuple[Contribution, ...]] = deque(maxlen=STEMS_KEPT)
 
     def notice(self, contribution: Contribution, replaced: Contribution | None, now: float) -> None:
         """A contribution has entered the ledger, in the place of an older one if there was one."""
@@ -86,6 +101,7 @@ class Holdings:
     def _forget(self, digest: str) -> None:
         self._noticed_at.pop(digest, None)
         self._missing_since.pop(digest, None)
+        self._sought_since.pop(digest, None)
         self._refused.pop(digest, None)
         self._ranked.pop(digest, None)
         self._chosen.pop(digest, None)
@@ -98,7 +114,7 @@ class Holdings:
 
     def remembered(self) -> tuple[int, int]:
         """Contributions that were replaced, and the digests about which most is known."""
-        known = max(len(self._noticed_at), len(self._missing_since), len(self._refused))
+        known = max(map(len, (self._noticed_at, self._missing_since, self._sought_since, self._refused)))
         return len(self._replaced), max(known, len(self._ranked), len(self._chosen))
 
     def refuse(self, digest: str, device: DeviceId, now: float) -> None:
@@ -120,12 +136,67 @@ class Holdings:
         held: AbstractSet[str],
         shunned: AbstractSet[Work] = frozenset(),
     ) -> tuple[Contribution, ...]:
-        """What a shard could be merged of here if a contribution had never been made."""
+        """What a shard could be merged of here if a contribution had never been made.
+
+        So without what was built on it, which is better as a rule.
+        """
         known = self._known(ledger, contribution.shard)
         return frontier_of(
             entry
             for entry in known
-            if entry != contribution and entry.tensors_digest in held and work(entry) not in shunned
+            if entry != contribution
+            and entry.tensors_digest in held
+            and work(entry) not in shunned
+            and not supersedes(entry, contribution)
+        )
+
+    def notice_stem(self, frontier: tuple[Contribution, ...]) -> None:
+        """The stem is merged of these now."""
+        if frontier and (not self._stems or self._stems[-1] != frontier):
+            self._stems.append(frontier)
+
+    def stem(
+        self, digest: str, held: AbstractSet[str], shunned: AbstractSet[Work] = frozenset()
+    ) -> tuple[Contribution, ...] | None:
+        """What the stem with this `states_digest` is merged of, if that is known, held and not refused.
+
+        A frontier, or one contribution to it: others may have refused the rest, or not have heard of it.
+        """
+        if digest == states_digest(()):
+            return ()
+        for frontier in reversed(self._stems):
+            for state in (frontier, *((entry,) for entry in frontier)):
+                if states_digest(state) == digest:
+                    usable = all(
+                        entry.tensors_digest in held and work(entry) not in shunned for entry in state
+                    )
+                    return state if usable else None
+        return None
+
+    def references(
+        self,
+        ledger: Ledger,
+        start: Sequence[Contribution],
+        held: AbstractSet[str],
+        live: AbstractSet[DeviceId],
+        now: float,
+        shunned: AbstractSet[Work] = frozenset(),
+    ) -> tuple[Contribution, ...]:
+        """What is missing here to judge a lease's start by: what a shard would be merged of without it.
+
+        Nothing, if it cannot be had, or does not come within `REFERENCE_WAIT_S`.
+        """
+        missing = []
+        for entry in start:
+            if entry.device != self._device and entry.tensors_digest not in held:
+                known = self._known(ledger, entry.shard)
+                others = [one for one in known if one not in start and work(one) not in shunned]
+                missing += [one for one in frontier_of(others) if one.tensors_digest not in held]
+        return tuple(
+            one
+            for one in dict.fromkeys(missing)
+            if self._askable(one.tensors_digest, live, now)
+            and now - self._sought_since.setdefault(one.tensors_digest, now) < REFERENCE_WAIT_S
         )
 
     def named(self, ledger: Ledger, shard: ShardId, digest: str) -> list[Contribution]:
@@ -267,4 +338,5 @@ class Holdings:
             newest_here.update({entry.key: entry for entry in here})
             kept.update(entry.tensors_digest for entry in (*frontier, *before, *here))
         self._here = newest_here
+        kept.update(entry.tensors_digest for frontier in self._stems for entry in frontier)
         return kept

@@ -161,6 +161,11 @@ class Presence:
             and peer.record.state != "left"
         }
 
+    def record(self, device: DeviceId) -> BoardRecord | None:
+        """A device's newest record, however old that is."""
+        peer = self._peers.get(device)
+        return None if peer is None else peer.record
+
     def sightings(self, now: float) -> tuple[Sighting, ...]:
         """All other devices that were seen of late, alive or not, in device order."""
         live = self.live(now)

@@ -1,10 +1,17 @@
 """Trust: which devices and which contributions a device no longer relies on, and what all agree on.
 
 A device that was caught twice with tensors that no honest lease makes is *distrusted* by the device that
-caught it. That one says so in its next contributions, which are in
-the ledger: whom more than a third of the others distrust is *outvoted*, on all devices with equal ledgers
-alike, whether they have examples to judge by or not. What a distrusted device has made does not count any
-more, except where others have built on it.
+caught it. A device of whose work a judge refuses much more than of everybody else's is *suspected* by it:
+that catches lies of which none is gross, such as flipped labels. A judge that refuses much of everybody's
+work, because it has few classes or holds a spoilt state, suspects nobody for that. A device of whose work
+some was refused, as may happen to any, is *doubted*: its next work is tried as soon as it is there, and not
+only where it is needed.
+
+A device names both in its next contributions, which are in the ledger: whom more than a quarter of the
+others name is *outvoted*, on all devices with equal ledgers alike, whether they have examples to judge by or
+not. What an outvoted device has made does not count any more, except where others have built on it. Who
+suspects a device does not build on its work either, and treats it like any other in everything else: one
+judge may suspect an honest device by chance, several hardly ever.
 
 So two devices with equal ledgers count the same, whatever each of them thinks. A refusal decides only what a
 device builds on: even gross ones hit honest work now and then, say a branch that is tried on a stem which has
@@ -13,20 +20,36 @@ moved on since, and devices with few examples, or of few classes, refuse more of
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Final
 
 from .ledger import Contribution, Ledger
-from .limits import DISTRUSTS_MAX, OPINIONS_MAX
-from .run import DeviceId
+from .limits import DEVICES_MAX, DISTRUSTS_MAX, OPINIONS_MAX
+from .run import STEM, DeviceId
 
 Work = tuple[DeviceId, str]
 """What a device has made: its author, and the digest of its tensors, which somebody else may repeat."""
 
 #: Gross contributions for which a device is distrusted. After one, chance or a broken disk may be to blame.
 GROSS_MAX: Final = 2
+#: Refused contributions for which a device may be suspected, if an honest one would be so unlucky with at
+#: most this probability. In a run of ten a judge tries two to six contributions of each of the others.
+SUSPECT_MIN: Final = 2
+SUSPECT_CHANCE: Final = 0.06
+#: Part of honest work that a judge refuses at least, for that estimate: what it has seen is little.
+SUSPECT_BASE: Final = 0.1
+#: A refused stem counts as so many contributions: it is tried with the head that it brings, so that nothing
+#: has moved on under it, and hardly any honest one is refused (none in 530 trials of 60 stems).
+STEM_WEIGHT: Final = 2
+#: One in so many of the others, those whose work was refused most, is left out of that estimate: or two liars
+#: would vouch for each other.
+LEFT_OUT_PART: Final = 4
+#: Below this chance a device is doubted. Nearer to 1: one refusal in a long run has everything fetched that
+#: its maker makes afterwards. Nearer to 0: a liar is known only to those who happen to need two of its lies.
+DOUBT_CHANCE: Final = 0.5
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,6 +65,9 @@ class Verdict:
 
 #: One device alone is not believed about another one.
 VOTES_MIN: Final = 2
+#: Who is named by more than one in so many of the others is outvoted. With three, four of nine had to agree:
+#: liars were outvoted late or not at all. With five, two liars among ten could have anybody left out.
+VOTES_PART: Final = 4
 
 
 def work(contribution: Contribution) -> Work:
@@ -56,6 +82,12 @@ class Opinions:
         #: Oldest first, at most `OPINIONS_MAX`.
         self._found: dict[Work, Verdict | None] = {}
         self._gross: Counter[DeviceId] = Counter()
+        #: Contributions of each device that were tried, and those of them that were refused; at most
+        #: `DEVICES_MAX` devices.
+        self._tried: Counter[DeviceId] = Counter()
+        self._refused: Counter[DeviceId] = Counter()
+        self._suspected: set[DeviceId] = set()
+        self._doubted: set[DeviceId] = set()
         self._distrusted: dict[DeviceId, str] = {}
         self._shunned: frozenset[Work] = frozenset()
 
@@ -69,17 +101,37 @@ class Opinions:
         """Devices that this device does not rely on."""
         return frozenset(self._distrusted)
 
+    @property
+    def accused(self) -> frozenset[DeviceId]:
+        """Devices that this device votes against: those that it distrusts, and those that it suspects."""
+        return frozenset(self._distrusted) | self._suspected
+
+    @property
+    def doubted(self) -> frozenset[DeviceId]:
+        """Devices whose next work should be tried, whoever else needs it: it was refused, and may have been
+        by chance."""
+        return frozenset(self._doubted) - self.accused
+
     def reason(self, device: DeviceId) -> str | None:
         """Why a device is distrusted, if it is."""
         return self._distrusted.get(device)
 
-    def judge(self, contribution: Contribution, verdict: Verdict | None) -> bool:
-        """A contribution was tried; whether its device is distrusted from now on, and was not before."""
+    def judge(self, contribution: Contribution, verdict: Verdict | None, *, fair: bool = True) -> bool:
+        """A contribution was tried; whether its device is distrusted from now on, and was not before.
+
+        Args:
+            fair: whether this device can tell a lie from honest work on data that are unlike its own. If it
+                cannot, it does not build on what it refuses, and holds that against nobody.
+        """
         made = work(contribution)
         if made in self._found:
             return False
         self._remember(made, verdict)
         device = contribution.device
+        if not fair and (verdict is None or not verdict.malformed):
+            return False
+        refused = verdict is not None
+        self._tally(device, STEM_WEIGHT if refused and contribution.shard == STEM else 1, refused=refused)
         self._gross[device] += verdict is not None and verdict.gross
         if verdict is None or device in self._distrusted:
             return False
@@ -87,6 +139,36 @@ class Opinions:
         if gross >= GROSS_MAX:
             self._distrusted[device] = f"{gross} of its contributions were far worse than what was there"
         return device in self._distrusted
+
+    def _tally(self, device: DeviceId, count: int, *, refused: bool) -> None:
+        if device not in self._tried and len(self._tried) >= DEVICES_MAX:
+            return
+        self._tried[device] += count
+        self._refused[device] += count * refused
+        counts = self._counts(device)
+        if refused and stands_out(*counts):
+            self._suspected.add(device)
+        if self._refused[device] and chance_of(*counts) < DOUBT_CHANCE:
+            self._doubted.add(device)
+        else:
+            self._doubted.discard(device)
+
+    def _counts(self, device: DeviceId) -> tuple[int, int, int, int]:
+        """What was refused and tried of a device's work, and of the others'."""
+        others = sorted(
+            (
+                (self._refused[one] / tried, self._refused[one], tried)
+                for one, tried in self._tried.items()
+                if one != device
+            ),
+        )
+        others = others[: len(others) - len(others) // LEFT_OUT_PART]
+        return (
+            self._refused[device],
+            self._tried[device],
+            sum(refused for _, refused, _ in others),
+            sum(tried for _, _, tried in others),
+        )
 
     def _remember(self, made: Work, verdict: Verdict | None) -> None:
         self._found[made] = verdict
@@ -102,6 +184,10 @@ class Opinions:
         return {
             "shunned": [list(made) for made in sorted(self._shunned)],
             "distrusted": [[device, reason] for device, reason in sorted(self._distrusted.items())],
+            "suspected": sorted(self._suspected),
+            "tried": [
+                [device, self._refused[device], tried] for device, tried in sorted(self._tried.items())
+            ],
         }
 
     def restore(self, kept: object) -> None:
@@ -112,15 +198,52 @@ class Opinions:
         self._distrusted.update(
             {DeviceId(device): reason for device, reason in _pairs(fields.get("distrusted"))}
         )
+        self._suspected.update(
+            DeviceId(device)
+            for device in _list(fields.get("suspected"))[:DEVICES_MAX]
+            if isinstance(device, str)
+        )
+        for row in _list(fields.get("tried"))[:DEVICES_MAX]:
+            match row:
+                case [str(device), int(refused), int(tried)] if 0 <= refused <= tried:
+                    self._tried[DeviceId(device)] = tried
+                    self._refused[DeviceId(device)] = refused
 
 
 def _pairs(kept: object) -> list[tuple[str, str]]:
-    rows = kept if isinstance(kept, list) else []
     return [
         (row[0], row[1])
-        for row in rows
+        for row in _list(kept)
         if isinstance(row, list) and len(row) == 2 and all(isinstance(one, str) for one in row)
     ]
+
+
+def _list(kept: object) -> list[Any]:
+    return kept if isinstance(kept, list) else []
+
+
+def chance_of(refused: int, tried: int, others_refused: int, others_tried: int) -> float:
+    """How likely so much of a device's work, or more, is refused by chance.
+
+    As often as of the others' work, and the less is known of that, the nearer to a half (Laplace's rule).
+    """
+    base = max(SUSPECT_BASE, (others_refused + 1) / (others_tried + 2))
+    # In logarithms: the binomial coefficients of a long run are no floats any more.
+    return sum(
+        math.exp(
+            math.lgamma(tried + 1)
+            - math.lgamma(count + 1)
+            - math.lgamma(tried - count + 1)
+            + count * math.log(base)
+            + (tried - count) * math.log1p(-base)
+        )
+        for count in range(refused, tried + 1)
+    )
+
+
+def stands_out(refused: int, tried: int, others_refused: int, others_tried: int) -> bool:
+    """Whether a judge refuses so much of one device's work that chance does not explain it."""
+    return refused >= SUSPECT_MIN and chance_of(refused, tried, others_refused, others_tried) < SUSPECT_CHANCE
 
 
 def accused(distrusted: Iterable[DeviceId]) -> tuple[DeviceId, ...]:
@@ -129,7 +252,7 @@ def accused(distrusted: Iterable[DeviceId]) -> tuple[DeviceId, ...]:
 
 
 def outvoted(ledger: Ledger) -> frozenset[DeviceId]:
-    """Devices that more than a third of the others distrust, of those that have contributed."""
+    """Devices that more than a quarter of the others name, of those that have contributed."""
     contributors: set[DeviceId] = set()
     votes: set[tuple[DeviceId, DeviceId]] = set()
     for entry in ledger.entries.values():
@@ -139,5 +262,5 @@ def outvoted(ledger: Ledger) -> frozenset[DeviceId]:
     return frozenset(
         device
         for device, voters in against.items()
-        if voters >= VOTES_MIN and 3 * voters > len(contributors - {device})
+        if voters >= VOTES_MIN and VOTES_PART * voters > len(contributors - {device})
     )

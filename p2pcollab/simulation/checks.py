@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING, Final
 
 from ..coordinator import JobPlan
+from ..holdings import STEMS_KEPT
 from ..ledger import Contribution, Ledger
 from ..run import STEM, DeviceId, ShardId
 from .devices import BEAT_S, CALL_S, GOSSIP_S, Device
@@ -181,7 +182,9 @@ class Checks:
         """A device has collected its garbage."""
         simulation = self._simulation
         places = len(simulation.budget) * len(simulation.devices)
-        bounds = {"entries": places, "devices": len(simulation.devices), "tensors": 2 * places}
+        # Besides those, the last states of the stem, to try branches on.
+        tensors = 2 * places + STEMS_KEPT * len(simulation.devices)
+        bounds = {"entries": places, "devices": len(simulation.devices), "tensors": tensors}
         kept = device.coordinator.remembered()
         # Of each place the newest contribution is known and the one before it; nothing else has a digest.
         bounds["digests"] = kept["entries"] + kept["replaced"]

@@ -19,7 +19,7 @@ from p2pcollab.coordinator import (
     CoordinatorSettings,
     JobPlan,
 )
-from p2pcollab.holdings import ReplicationSettings
+from p2pcollab.holdings import REFERENCE_WAIT_S, STEMS_KEPT, ReplicationSettings
 from p2pcollab.ledger import Contribution, states_digest
 from p2pcollab.presence import FORGET_SILENCES, OVERDUE_FACTOR, OVERDUE_UNKNOWN_S
 from p2pcollab.run import STEM, RunSpec, ShardId
@@ -550,6 +550,119 @@ def test_refused_contribution_leaves_and_does_not_come_back() -> None:
     assert one.believed.frontier(T0) == (honest,)
 
 
+REFUSED = Verdict(reason="worse", gross=False)
+
+
+def test_branch_is_tried_on_the_stem_that_it_was_trained_on_where_that_is_here() -> None:
+    one = coordinator()
+    first = mine(contribution(1, shard=STEM))
+    second = mine(successor((first,), 1, shard=STEM))
+    one.receive([first], 0.0)
+    one.receive([second], 1.0)
+    held = digests(one) | {first.tensors_digest}
+    branch = mine(contribution(2, stem_digest=states_digest((first,))))
+    assert one.trial(branch, held, 1.0).stem == (first,)
+    assert first.tensors_digest in one.keep(held)
+    assert one.trial(mine(contribution(2)), held, 1.0).stem == ()
+    # One that is not here, is not known, or was refused: the newest that is left.
+    assert one.trial(branch, {second.tensors_digest}, 1.0).stem == (second,)
+    assert one.trial(mine(contribution(2, stem_digest="?")), held, 1.0).stem == (second,)
+    one.judged(first, REFUSED)
+    assert one.trial(branch, held, 1.0).stem == (second,)
+
+
+def test_few_stems_are_kept() -> None:
+    one = coordinator()
+    stems = [mine(contribution(1, shard=STEM))]
+    for now in range(20):
+        one.receive(stems[-1:], float(now))
+        stems.append(mine(successor(stems[-1:], 1, shard=STEM)))
+    held = {entry.tensors_digest for entry in stems}
+    assert len(one.keep(held)) == STEMS_KEPT
+
+
+def test_what_a_doubted_device_makes_is_fetched_and_tried() -> None:
+    one = coordinator()
+    one.observe_board([Record(device=device(index)) for index in range(1, 9)], 0.0)
+    doubtful = mine(contribution(1, shard=T1))
+    one.receive([doubtful, mine(contribution(2))], 0.0)
+    assert one.wanted(set(), 0.0) == ()
+    one.judged(mine(contribution(2)), None)
+    one.judged(mine(contribution(1, shard=ShardId("t2"))), REFUSED)
+    assert [want.digest for want in one.wanted(set(), 0.0)] == [doubtful.tensors_digest]
+
+
+@pytest.mark.parametrize("examples", [10, 0])
+def test_every_device_that_can_judge_fetches_every_stem(examples: int) -> None:
+    """Branches that were trained on it will come, and be tried on it."""
+    one = coordinator(advert=Advert(speed=1.0, class_counts=(examples,) * 4))
+    one.observe_board([Record(device=device(index)) for index in range(1, 9)], 0.0)
+    stem = mine(contribution(1, shard=STEM))
+    one.receive([stem], 0.0)
+    assert [want.digest for want in one.wanted(set(), 0.0)] == [stem.tensors_digest][: bool(examples)]
+
+
+@pytest.mark.parametrize(
+    ("mine_of_four", "theirs", "votes"),
+    [(4, 4, True), (3, 4, True), (2, 4, False), (2, 2, True), (0, 4, False)],
+)
+def test_a_device_without_most_of_anothers_classes_does_not_vote_against_it(
+    mine_of_four: int, theirs: int, votes: bool
+) -> None:
+    counts = {number: (10,) * number + (0,) * (4 - number) for number in range(5)}
+    one = coordinator(advert=Advert(speed=1.0, class_counts=counts[mine_of_four]))
+    one.observe_board([Record(device=device(1), class_counts=counts[theirs])], 0.0)
+    for generation in range(1, 20):
+        one.judged(mine(contribution(1, generation=generation)), REFUSED)
+    assert one.accused == ((device(1),) if votes else ())
+
+
+def test_a_contribution_is_not_compared_with_what_was_built_on_it() -> None:
+    earlier = mine(contribution(1))
+    middle = mine(successor((earlier,), 2))
+    latest = mine(successor((middle,), 3))
+    one = coordinator()
+    one.receive([earlier, middle, latest], 0.0)
+    assert one.trial(middle, digests(one), 0.0).reference == (earlier,)
+    assert one.trial(latest, digests(one), 0.0).reference == (middle,)
+
+
+def test_what_a_lease_is_to_be_judged_by_is_fetched_before_what_it_starts_from() -> None:
+    earlier = mine(contribution(1))
+    latest = mine(successor((earlier,), 2))
+    one = holding((T0,), [earlier, latest])
+    stem = {contribution(9, {9: SPEC.budget(STEM)}, shard=STEM).tensors_digest}
+    assert [want.digest for want in one.wanted(stem, 0.0) if want.needed] == [earlier.tensors_digest]
+    held = stem | {earlier.tensors_digest}
+    assert [want.digest for want in one.wanted(held, 0.0) if want.needed] == [latest.tensors_digest]
+    # Nobody waits for it for long.
+    late = REFERENCE_WAIT_S
+    assert [want.digest for want in one.wanted(stem, late) if want.needed] == [latest.tensors_digest]
+
+
+def test_what_was_only_missing_to_judge_by_is_not_written_off_for_that() -> None:
+    earlier = mine(contribution(1))
+    latest = mine(successor((earlier,), 2))
+    one = holding((T0,), [earlier, latest])
+    one.wanted({latest.tensors_digest}, 0.0)
+    one.wanted(set(), 0.0)
+    one.judged(latest, Verdict(reason="of the wrong shape", gross=True, malformed=True))
+    late = SETTINGS.replication.write_off_s + 1.0
+    one.hear([Record(device=device(1), state="observer", beat=999)], late)
+    stem = contribution(9, {9: SPEC.budget(STEM)}, shard=STEM).tensors_digest
+    # It is the start of the lease now, and was not missing for that until now.
+    assert one.job({stem}, late) is None
+    assert earlier.tensors_digest in [want.digest for want in one.wanted({stem}, late)]
+
+
+def test_nobody_waits_for_a_reference_that_nobody_has() -> None:
+    earlier = mine(contribution(1))
+    latest = mine(successor((earlier,), 2))
+    one = holding((T0,), [earlier, latest])
+    one.refused(earlier.tensors_digest, device(1), 0.0)
+    assert latest.tensors_digest in [want.digest for want in one.wanted(set(), 0.0) if want.needed]
+
+
 def test_states_of_a_device() -> None:
     one = holding((T0,))
     assert one.state == "training"
@@ -601,7 +714,9 @@ def crowd(count: int, settings: CoordinatorSettings = SETTINGS) -> list[Coordina
 
 @pytest.mark.parametrize("count", [2, 3, 8])
 def test_every_contribution_lives_on_three_devices_its_maker_included(count: int) -> None:
-    entries = [mine(contribution(author, shard=shard)) for author in range(count) for shard in SPEC.shards]
+    # Every device takes every stem.
+    shards = [shard for shard in SPEC.shards if shard != STEM]
+    entries = [mine(contribution(author, shard=shard)) for author in range(count) for shard in shards]
     copies = dict.fromkeys((entry.tensors_digest for entry in entries), 1)
     for one in crowd(count):
         one.receive(entries, 0.0)

@@ -11,7 +11,9 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from ledger_examples import contribution
 
+from p2pcollab.daemon.judge import Judge
 from p2pcollab.data import ArrayDataset, inspect, load
 from p2pcollab.data.batches import batches, eval_batches
 from p2pcollab.data.partition import stratified_subset
@@ -27,11 +29,14 @@ from p2pcollab.judging import (
     judge_loss,
     losses_by_example,
 )
+from p2pcollab.ledger import Contribution
 from p2pcollab.models import initial_shard
 from p2pcollab.planning import PlanOptions, plan_run
+from p2pcollab.plans import Trial
 from p2pcollab.run import STEM, ShardId
 from p2pcollab.shards import ShardTensors
 from p2pcollab.training import train_branches, train_stem
+from p2pcollab.trust import Verdict
 
 SPEC = plan_run("digits", inspect("digits"), PlanOptions(family="digits", epochs=20, seed=0))
 DATA = load("digits", SPEC)
@@ -138,6 +143,39 @@ def test_an_old_state_in_place_of_work_is_refused(
 ) -> None:
     states = lineages[shard]
     assert reason(shard, states[0], states[-1], lineages[STEM][-1]) is not None
+
+
+@pytest.mark.parametrize("shard", [STEM, T3])
+def test_what_mends_a_bad_state_is_accepted_though_guessing_were_better(
+    lineages: dict[ShardId, list[ShardTensors]], shard: ShardId
+) -> None:
+    """Honest leases leave such states at times. Where nothing is to compare with, guessing decides."""
+    blobs = {}
+
+    def made(author: int, count: int, tensors: ShardTensors) -> Contribution:
+        entry = contribution(author, {author: count}, shard=shard)
+        blobs[entry.tensors_digest] = tensors
+        return entry
+
+    bad_state, after = (
+        {
+            name: tensor * factor if tensor.is_floating_point() and "running" not in name else tensor
+            for name, tensor in lineages[shard][-1].items()
+        }
+        for factor in (-30.0, -3.0)
+    )
+    judge = Judge(SPEC, DATA.test, torch.device("cpu"), seed=0)
+    late = SPEC.budget(shard)
+    bad, better = made(1, late, bad_state), made(2, late, after)
+    stem = (contribution(9, shard=STEM),) if shard != STEM else ()
+    blobs.update({entry.tensors_digest: lineages[STEM][-1] for entry in stem})
+
+    def verdict(reference: tuple[Contribution, ...]) -> Verdict | None:
+        trial = Trial(contribution=better, reference=reference, stem=stem, behind=0, class_counts=None)
+        return judge.verdict(trial, after, lambda entry: blobs[entry.tensors_digest])
+
+    assert verdict(()) is not None
+    assert verdict((bad,)) is None
 
 
 # What a device can judge

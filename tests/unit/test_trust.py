@@ -14,8 +14,8 @@ from ledger_examples import T0, contribution, device, history, successor
 from p2pcollab.coordinator import Advert, Coordinator, CoordinatorSettings
 from p2pcollab.ledger import Contribution, Ledger
 from p2pcollab.models import default_model
-from p2pcollab.run import InputSpec, RunSpec, Schedule, ShardId, TaskSpec
-from p2pcollab.trust import GROSS_MAX, Opinions, Verdict, outvoted
+from p2pcollab.run import STEM, InputSpec, RunSpec, Schedule, ShardId, TaskSpec
+from p2pcollab.trust import GROSS_MAX, SUSPECT_BASE, SUSPECT_MIN, Opinions, Verdict, outvoted, stands_out
 
 REFUSED = Verdict(reason="worse", gross=False)
 GROSS = Verdict(reason="far worse", gross=True)
@@ -31,7 +31,7 @@ SPEC = RunSpec(
 
 
 def coordinator(number: int) -> Coordinator:
-    nothing = Advert(speed=1.0, class_counts=(0, 0), works=False)
+    nothing = Advert(speed=1.0, class_counts=(5, 5), works=False)
     return Coordinator(SPEC, device(number), nothing, CoordinatorSettings(), random.Random(number))
 
 
@@ -70,18 +70,119 @@ def test_refusals_that_are_not_gross_make_nobody_distrusted_however_many() -> No
     assert len(mine.shunned) == 40
 
 
+def test_a_device_whose_work_is_refused_much_more_than_the_others_is_voted_against() -> None:
+    mine = Opinions()
+    for author in (1, 2, 3):
+        for count in (1, 2, 3):
+            mine.judge(made(author, count), None)
+    for count in (1, 2, 3):
+        mine.judge(made(4, count), REFUSED)
+    assert mine.accused == {device(4)}
+    assert mine.distrusted == frozenset()
+
+
+def test_a_judge_that_refuses_everybodys_work_votes_against_nobody() -> None:
+    mine = Opinions()
+    for count in range(1, 11):
+        for author in (1, 2, 3):
+            mine.judge(made(author, count), REFUSED if (author + count) % 3 else None)
+    assert mine.accused == frozenset()
+
+
+def test_liars_do_not_vouch_for_each_other() -> None:
+    """That two liars' work is refused makes neither of them look like everybody else."""
+    mine = Opinions()
+    for author in range(1, 8):
+        mine.judge(made(author, 1), None)
+    for count in (1, 2, 3):
+        mine.judge(made(8, count), REFUSED)
+    for count, verdict in enumerate((None, REFUSED, REFUSED), start=1):
+        mine.judge(made(9, count), verdict)
+    assert mine.accused == {device(8), device(9)}
+
+
+def test_one_refused_stem_is_enough_for_a_vote_and_one_refused_branch_is_not() -> None:
+    mine = Opinions()
+    for author in (1, 2, 3):
+        mine.judge(made(author, 1), None)
+    mine.judge(made(4, 1), REFUSED)
+    mine.judge(made(5, 1, shard=STEM), REFUSED)
+    assert (mine.accused, mine.distrusted) == ({device(5)}, frozenset())
+
+
+def test_a_judge_that_knows_nobody_elses_work_votes_against_nobody_for_one_stem() -> None:
+    mine = Opinions()
+    mine.judge(made(1, 1, shard=STEM), GROSS)
+    assert mine.accused == frozenset()
+
+
+def test_who_was_refused_is_doubted_until_enough_of_its_work_is_good_or_bad() -> None:
+    mine = Opinions()
+    for author in (1, 2, 3):
+        mine.judge(made(author, 1), None)
+    mine.judge(made(4, 1), REFUSED)
+    assert mine.doubted == {device(4)}
+    for count in range(2, 9):
+        mine.judge(made(4, count), None)
+    assert mine.doubted == frozenset()
+    for count in (1, 2, 3):
+        mine.judge(made(5, count), REFUSED)
+    # It is voted against: nobody need look any more.
+    assert mine.accused == {device(5)} and mine.doubted == frozenset()
+
+
+def test_a_judge_that_cannot_be_fair_refuses_and_holds_it_against_nobody() -> None:
+    mine = Opinions()
+    for count in range(1, 20):
+        mine.judge(made(1, count), GROSS, fair=False)
+    assert mine.accused == mine.doubted == frozenset()
+    assert len(mine.shunned) == 19
+    # What is malformed is so for everybody.
+    for count in (20, 21):
+        mine.judge(made(1, count), replace(GROSS, malformed=True), fair=False)
+    assert mine.distrusted == {device(1)}
+
+
+@given(st.integers(0, 30), st.integers(0, 30), st.integers(0, 300), st.integers(0, 300))
+def test_nobody_stands_out_who_is_refused_no_more_than_the_others(
+    accepted: int, refused: int, others_accepted: int, others_refused: int
+) -> None:
+    tried, others = accepted + refused, others_accepted + others_refused
+    if stands_out(refused, tried, others_refused, others):
+        assert refused >= SUSPECT_MIN
+        assert refused > SUSPECT_BASE * tried
+        assert refused * (others + 2) > (others_refused + 1) * tried
+        # One more refusal, or one less of the others' work refused, acquits nobody.
+        assert stands_out(refused + 1, tried + 1, others_refused, others)
+        assert stands_out(refused, tried, max(0, others_refused - 1), others)
+
+
 def test_opinions_outlive_a_restart_and_damage_in_them_harms_nobody() -> None:
     mine = Opinions()
     for count in (1, 2):
         mine.judge(made(1, count), GROSS)
     mine.judge(made(2, 1), REFUSED)
+    mine.judge(made(3, 1, shard=STEM), GROSS)
     again = Opinions()
     again.restore(json.loads(json.dumps(mine.to_json())))
-    assert (again.distrusted, again.shunned) == (mine.distrusted, mine.shunned)
-    for kept in (None, 7, [], {"shunned": 7}, {"shunned": [["a"], 3, [1, 2]], "distrusted": [None]}):
+    assert (again.accused, again.distrusted, again.shunned) == (mine.accused, mine.distrusted, mine.shunned)
+    assert again.to_json() == mine.to_json()
+    for kept in (
+        None,
+        7,
+        [],
+        {"shunned": 7},
+        {"shunned": [["a"], 3, [1, 2]], "distrusted": [None]},
+        {"suspected": [7, None], "tried": [["a"], ["a", 2, 1], ["a", -1, 1], [1, 1, 1], ["a", True, "b"]]},
+    ):
         nothing = Opinions()
         nothing.restore(kept)
-        assert (nothing.distrusted, nothing.shunned) == (frozenset(), frozenset())
+        assert nothing.to_json() == Opinions().to_json()
+
+
+def test_a_very_long_run_overflows_nothing() -> None:
+    assert stands_out(3000, 5000, 10, 10_000)
+    assert not stands_out(300, 5000, 1000, 10_000)
 
 
 # What all conclude
@@ -89,9 +190,9 @@ def test_opinions_outlive_a_restart_and_damage_in_them_harms_nobody() -> None:
 
 @pytest.mark.parametrize(
     ("contributors", "against", "out"),
-    [(2, 1, False), (3, 1, False), (3, 2, True), (10, 3, False), (10, 4, True)],
+    [(2, 1, False), (3, 1, False), (3, 2, True), (10, 2, False), (10, 3, True), (13, 3, False)],
 )
-def test_whom_more_than_a_third_of_the_others_distrust_is_out(
+def test_whom_more_than_a_quarter_of_the_others_name_is_out(
     contributors: int, against: int, out: bool
 ) -> None:
     entries = [made(number, 1) for number in range(contributors)]

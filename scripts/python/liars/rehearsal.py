@@ -25,6 +25,7 @@ from p2pcollab.models import initial_shard
 from p2pcollab.run import ShardId
 from p2pcollab.shards import ShardTensors, decode_shard, encode_shard
 from p2pcollab.simulation import Broken, Device, Scenario, Simulation
+from p2pcollab.simulation.checks import Checks
 from p2pcollab.trust import Verdict
 from p2pcollab.wire import sign_contribution
 
@@ -50,12 +51,29 @@ class Tally:
     comparisons: list[tuple[bool, float, float, float, float, float]] = field(default_factory=list)
 
 
+class _Checks(Checks):
+    """Without the one promise that a device which signs two stories cannot keep.
+
+    The one with the greater digest is its newest in every ledger; its own disk has the other's tensors.
+    """
+
+    def __init__(self, simulation: Simulation, equivocators: frozenset[int]) -> None:
+        super().__init__(simulation)
+        self._equivocators = equivocators
+
+    def stored_before_named(self, device: Device) -> None:
+        if device.index not in self._equivocators:
+            super().stored_before_named(device)
+
+
 class LyingSimulation(Simulation):
     """A simulation whose promises hold for the honest devices only."""
 
     def __init__(self, scenario: Scenario, seed: int, training: LyingRehearsal) -> None:
         super().__init__(scenario, seed, training)
         self._liars = training.liars
+        equivocators = training.liars if training.attack == "equivocation" else frozenset()
+        self.checks = _Checks(self, equivocators)
 
     def honest(self) -> list[Device]:
         return [device for device in self.live() if device.index not in self._liars]
@@ -113,9 +131,9 @@ class LyingRehearsal(Rehearsal):
     def check(self, device: Device, trial: Trial) -> Verdict | None:
         found: list[tuple[Comparison, float]] = []
 
-        def note(comparison: Comparison, weight: float) -> Verdict | None:
+        def note(comparison: Comparison, weight: float, *, stem: bool) -> Verdict | None:
             found.append((comparison, weight))
-            return judge_loss(comparison, weight)
+            return judge_loss(comparison, weight, stem=stem)
 
         with mock.patch.object(judge, "judge_loss", note):
             verdict = super().check(device, trial)
@@ -165,7 +183,8 @@ class LyingRehearsal(Rehearsal):
         attack, shard = self.attack, made.shard
         assert attack is not None
         if attack == "label-flip":
-            return made  # it was trained on wrong labels
+            # It was trained on wrong labels. Signed anew, because a liar accuses nobody.
+            return self._resigned(device, made, self._decode(made))
         parents = next(job.parents for job in plan.shards if job.shard == shard)
         try:
             parent = merged_shard(self.spec, shard, parents, self._decode)
