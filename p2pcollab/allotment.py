@@ -17,8 +17,8 @@ The rules, in the order in which they decide:
    others by rule 5 only: the mean of two leases from one start is worth about one of them, and counts as two.
    Holders that are far slower than the others, or overdue, keep their lease but do not keep others out.
 5. No device runs ahead on a shard: one that has given more of the shard's samples than its share of all the
-   work, by over a lease and a half, looks for another shard, and joins one that is held rather than go on. Thus
-   each shard is trained on everybody's data in turn, with no barrier.
+   work, by over a lease and a half, looks for another shard, and joins one that is held rather than go on.
+   Thus each shard is trained on everybody's data in turn, with no barrier.
 
 Whoever is left over waits: its part of the computation is smaller.
 
