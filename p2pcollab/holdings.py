@@ -114,8 +114,8 @@ class Holdings:
 
     def remembered(self) -> tuple[int, int]:
         """Contributions that were replaced, and the digests about which most is known."""
-        known = max(map(len, (self._noticed_at, self._missing_since, self._sought_since, self._refused)))
-        return len(self._replaced), max(known, len(self._ranked), len(self._chosen))
+        since = max(len(self._noticed_at), len(self._missing_since), len(self._sought_since))
+        return len(self._replaced), max(since, len(self._refused), len(self._ranked), len(self._chosen))
 
     def refuse(self, digest: str, device: DeviceId, now: float) -> None:
         """A device has answered that it does not hold a digest."""
