@@ -276,6 +276,8 @@ class Coordinator:
         caught = self._opinions.judge(contribution, verdict, fair=self._fair(contribution.device))
         if verdict is not None and verdict.malformed:
             self._disbelieve([contribution])
+        else:
+            self._holdings.arrived(contribution)
         if caught:
             reason = f"its device is distrusted: {self._opinions.reason(contribution.device)}"
             self._suspended.append(Refusal(contribution=contribution, reason=reason))

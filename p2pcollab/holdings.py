@@ -75,7 +75,7 @@ class Holdings:
         self._settings = settings
         #: The contribution that each entry of the ledger replaced.
         self._replaced: dict[Key, Contribution] = {}
-        #: The newest of each that was held when garbage was last collected.
+        #: Of each key what came last, or what was the newest held when garbage was last collected.
         self._here: dict[Key, Contribution] = {}
         self._noticed_at: dict[str, float] = {}
         self._missing_since: dict[str, float] = {}
@@ -97,6 +97,12 @@ class Holdings:
             if earlier is not None:
                 self._forget(earlier.tensors_digest)
             self._replaced[replaced.key] = replaced
+
+    def arrived(self, contribution: Contribution) -> None:
+        """Tensors are here: several newer ones may be heard of before garbage is collected."""
+        here = self._here.get(contribution.key)
+        if here is None or here.version < contribution.version:
+            self._here[contribution.key] = contribution
 
     def _forget(self, digest: str) -> None:
         self._noticed_at.pop(digest, None)

@@ -796,6 +796,18 @@ def test_newest_that_is_held_is_kept_however_much_was_heard_of_since() -> None:
     assert own.tensors_digest not in one.keep({own.tensors_digest, later.tensors_digest})
 
 
+def test_what_was_fetched_is_kept_however_much_is_heard_of_before_garbage_is_collected() -> None:
+    one = coordinator()
+    fetched = mine(successor((), 1))
+    one.receive([fetched], 0.0)
+    one.judged(fetched, None)
+    later = fetched
+    for now in range(1, 4):
+        later = mine(successor((later,), 1))
+        one.receive([later], float(now))
+    assert fetched.tensors_digest in one.keep({fetched.tensors_digest})
+
+
 def test_parents_of_the_lease_in_progress_are_kept() -> None:
     entry = contribution(1)
     one = holding((T0,), [entry])
