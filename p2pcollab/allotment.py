@@ -17,7 +17,7 @@ The rules, in the order in which they decide:
    others by rule 5 only: the mean of two leases from one start is worth about one of them, and counts as two.
    Holders that are far slower than the others, or overdue, keep their lease but do not keep others out.
 5. No device runs ahead on a shard: one that has given more of the shard's samples than its share of all the
-   work, by over a lease and a half, looks for another shard, and joins one that is held rather than go on.
+   work, by over half a lease, looks for another shard, and joins one that is held rather than go on.
    Thus each shard is trained on everybody's data in turn, with no barrier.
 
 Whoever is left over waits: its part of the computation is smaller.
@@ -45,9 +45,10 @@ HELD_SHARE: Final = 0.75
 #: ordinary devices train one shard at a time; lower, and a shard lags for as long as its slow holder needs.
 STRAGGLER_SPEED: Final = 0.25
 #: Leases by which a device may be ahead of its share of a shard. At 0.5, eleven devices with a task each join
-#: one another so often that a branch is trained through 21 leases instead of 24 in a row (simulated: 24 at
-#: 1.5); higher, and fewer devices' data are in each branch.
-AHEAD_LEASES: Final = 1.5
+#: one another so often that a branch is trained through 21 leases in a row instead of 24 (simulated; at 1.5,
+#: 24). Higher, and with four devices some branches hardly see the data of one of them; and what a device has
+#: made of a shard in several leases in a row may die with it.
+AHEAD_LEASES: Final = 0.5
 #: A preferred task may get this many times the device's share.
 PREFERENCE: Final = 3.0
 #: The stem is trained by one device at a time, and by no device slower than this fraction of the fastest:

@@ -673,9 +673,16 @@ class Coordinator:
         return self._holdings.references(self._relied_on, start, held, live, now, shunned)
 
     def harvest(self, held: AbstractSet[str], now: float) -> tuple[Want, ...]:
-        """Tensors to fetch before the global model can be put together: every frontier."""
-        entries = [entry for shard in self._shards for entry in self._believed.frontier(shard)]
-        return tuple(self._holdings.want(entries, held, frozenset(self.live(now)), now, needed=True))
+        """Tensors to fetch before the global model can be put together: every frontier, and what takes its
+        place where that is lost.
+        """
+        live = frozenset(self.live(now))
+        entries: list[Contribution] = []
+        for shard in self._shards:
+            frontier = self._believed.frontier(shard)
+            instead = self._holdings.start(self._believed, shard, held, live, now)
+            entries += dict.fromkeys((*frontier, *instead))
+        return tuple(self._holdings.want(entries, held, live, now, needed=True))
 
     def obtainable(self, shard: ShardId, held: AbstractSet[str], now: float) -> tuple[Contribution, ...]:
         """What a shard is assembled of here: its frontier, or what came before where that is lost.

@@ -819,6 +819,20 @@ def test_parents_of_the_lease_in_progress_are_kept() -> None:
     assert entry.tensors_digest in one.keep(frozenset())
 
 
+def test_harvest_wants_what_came_before_lost_tensors() -> None:
+    """A late joiner holds nothing of the past, and the newest died with its maker."""
+    one = coordinator()
+    one.observe_board([Record(device=device(1)), Record(device=device(2))], 0.0)
+    older = mine(successor((), 1))
+    newer = mine(successor((older,), 2))
+    one.receive([older, newer], 0.0)
+    assert [want.digest for want in one.harvest(frozenset(), 0.0)] == [newer.tensors_digest]
+    for author in (1, 2):
+        one.refused(newer.tensors_digest, device(author), 0.0)
+    wanted = {want.digest: want.holders for want in one.harvest(frozenset(), 0.1)}
+    assert wanted == {newer.tensors_digest: (), older.tensors_digest: (device(1), device(2))}
+
+
 def test_harvest_wants_every_frontier() -> None:
     one = coordinator()
     entries = [mine(contribution(author, shard=shard)) for author in (1, 2) for shard in (STEM, T0)]
