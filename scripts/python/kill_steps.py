@@ -39,6 +39,7 @@ from p2pcollab.coordinator import Advert, Coordinator, CoordinatorSettings
 from p2pcollab.daemon.events import EventLog
 from p2pcollab.daemon.gossip import Gossip
 from p2pcollab.daemon.index import Index
+from p2pcollab.daemon.renewal import Renewal
 from p2pcollab.daemon.session import Counters, Session
 from p2pcollab.daemon.store import RunStore, Store
 from p2pcollab.daemon.trainer import ReadShard, Trainer
@@ -166,6 +167,13 @@ class NoBoard:
         return None
 
 
+class NoTransport:
+    """The network of a device that is alone."""
+
+    def follow(self, _renewal: object, _retired: object) -> None:
+        pass
+
+
 def spec(seed: int) -> RunSpec:
     """A run that ends long after the last kill."""
     wishes = PlanOptions(epochs=5000, seed=seed)
@@ -191,6 +199,7 @@ def prepared(run: RunSpec) -> Workshop:
             "limit": 400,
             "download": False,
             "duty": 1.0,
+            "judge_seed": 0,
         }
     )
     return workshop
@@ -266,7 +275,7 @@ def _session(
 
     rng = random.Random(identity.seed)
     nothing = Advert(speed=1.0, class_counts=(0,) * len(run.classes), works=False)
-    nobody: Any = None
+    transport: Any = NoTransport()
     board: Any = NoBoard()
     session = Session(
         spec=run,
@@ -277,7 +286,7 @@ def _session(
         coordinator=Coordinator(
             run, identity.device, nothing, CoordinatorSettings(), rng, first_beat=round(time.time() * 1000)
         ),
-        transport=nobody,
+        transport=transport,
         trainer=trainer,
         events=EventLog(time.time, sink=keep_event),
         counters=Counters(),
@@ -285,7 +294,8 @@ def _session(
     )
     # Ids go on where the last life left them.
     session.events._next_id = max((event[0] for event in opened.events(1)), default=0) + 1
-    return session, Gossip(session, board)
+    renewal = Renewal(session, board, opened.rotation, on_secret=lambda _secret: None)
+    return session, Gossip(session, board, renewal)
 
 
 def _found(opened: RunStore, identity: Identity) -> dict[str, Any]:
@@ -456,6 +466,8 @@ def main() -> int:
         # The first life makes the folder, the second shows what an ordinary one does.
         parent.one(NOTHING)
         parent.one(NOTHING)
+        if tally.problems:
+            raise SystemExit("\n".join(tally.problems))
         for death in deaths(parent.steps, rng, options.random):
             if tally.count >= options.kills or time.monotonic() - started > options.minutes * 60:
                 break
