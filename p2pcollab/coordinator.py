@@ -36,7 +36,7 @@ from .ledger import Contribution, Ledger, states_digest
 from .plans import Advert, Claim, CoordinatorSettings, JobPlan, RecordFields, ShardJob, Trial
 from .presence import BoardRecord, Presence, Sighting
 from .run import STEM, DeviceId, RunSpec, ShardId
-from .trust import Opinions, Verdict, accused, outvoted
+from .trust import AT_HOME_MAX, Opinions, Verdict, accused, outvoted
 
 __all__ = [
     "Advert",
@@ -273,7 +273,9 @@ class Coordinator:
         the ledger, so that nobody brings it again.
         """
         accused_before = self._opinions.accused
-        caught = self._opinions.judge(contribution, verdict, fair=self._fair(contribution.device))
+        caught = self._opinions.judge(
+            contribution, verdict, fair=self._fair(contribution.device), at_home=self._at_home()
+        )
         if verdict is not None and verdict.malformed:
             self._disbelieve([contribution])
         else:
@@ -295,6 +297,11 @@ class Coordinator:
         counts = theirs or (1,) * len(self.spec.classes)
         shared = sum(mine > 0 < count for mine, count in zip(self.advert.class_counts, counts, strict=False))
         return shared >= FAIR_PART * sum(count > 0 for count in counts)
+
+    def _at_home(self) -> bool:
+        """Whether so few take part that two of them can have a third left out."""
+        contributors = {entry.device for entry in self._ledger.entries.values()}
+        return len(contributors) <= AT_HOME_MAX + 1
 
     @property
     def accused(self) -> tuple[DeviceId, ...]:

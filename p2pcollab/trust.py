@@ -21,22 +21,23 @@ moved on since, and devices with few examples, or of few classes, refuse more of
 from __future__ import annotations
 
 import math
-from collections import Counter
+from collections import Counter, OrderedDict
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Final
 
 from .ledger import Contribution, Ledger
 from .limits import DEVICES_MAX, DISTRUSTS_MAX, OPINIONS_MAX
-from .run import STEM, DeviceId
+from .run import STEM, DeviceId, ShardId
 
 Work = tuple[DeviceId, str]
 """What a device has made: its author, and the digest of its tensors, which somebody else may repeat."""
+_Lately = OrderedDict[tuple[DeviceId, str], Counter[ShardId]]
 
 #: Gross contributions for which a device is distrusted. After one, chance or a broken disk may be to blame.
 GROSS_MAX: Final = 2
-#: Refused contributions for which a device may be suspected, if an honest one would be so unlucky with at
-#: most this probability. In a run of ten a judge tries two to six contributions of each of the others.
+#: Leases with refused contributions for which a device may be suspected, if an honest one would be so unlucky
+#: with at most this probability. In a run of ten a judge tries two to six of each of the others.
 SUSPECT_MIN: Final = 2
 SUSPECT_CHANCE: Final = 0.06
 #: Part of honest work that a judge refuses at least, for that estimate: what it has seen is little.
@@ -47,6 +48,9 @@ STEM_WEIGHT: Final = 2
 #: One in so many of the others, those whose work was refused most, is left out of that estimate: or two liars
 #: would vouch for each other.
 LEFT_OUT_PART: Final = 4
+#: Pairs of a device and a state of the stem of which it is remembered how often each shard was tried: a few
+#: for each device, because contributions on one state of the stem come within a lease or two.
+LATELY_MAX: Final = 4 * DEVICES_MAX
 #: Below this chance a device is doubted. Nearer to 1: one refusal in a long run has everything fetched that
 #: its maker makes afterwards. Nearer to 0: a liar is known only to those who happen to need two of its lies.
 DOUBT_CHANCE: Final = 0.5
@@ -68,6 +72,10 @@ VOTES_MIN: Final = 2
 #: Who is named by more than one in so many of the others is outvoted. With three, four of nine had to agree:
 #: liars were outvoted late or not at all. With five, two liars among ten could have anybody left out.
 VOTES_PART: Final = 4
+#: Among so few others two votes outvote, and nobody votes for work that is not gross: a bad lease of an
+#: honest device is refused by all alike. With suspicion, one was outvoted in 2 of 14 runs of five devices on
+#: the digits without any attack.
+AT_HOME_MAX: Final = VOTES_MIN * VOTES_PART - 1
 
 
 def work(contribution: Contribution) -> Work:
@@ -82,10 +90,13 @@ class Opinions:
         #: Oldest first, at most `OPINIONS_MAX`.
         self._found: dict[Work, Verdict | None] = {}
         self._gross: Counter[DeviceId] = Counter()
-        #: Contributions of each device that were tried, and those of them that were refused; at most
-        #: `DEVICES_MAX` devices.
+        #: Leases of each device of whose contributions any was tried, and any refused; at most `DEVICES_MAX`
+        #: devices.
         self._tried: Counter[DeviceId] = Counter()
         self._refused: Counter[DeviceId] = Counter()
+        #: How often each shard was tried, and refused, of a device's work on one state of the stem.
+        self._tried_on: _Lately = OrderedDict()
+        self._refused_on: _Lately = OrderedDict()
         self._suspected: set[DeviceId] = set()
         self._doubted: set[DeviceId] = set()
         self._distrusted: dict[DeviceId, str] = {}
@@ -116,12 +127,20 @@ class Opinions:
         """Why a device is distrusted, if it is."""
         return self._distrusted.get(device)
 
-    def judge(self, contribution: Contribution, verdict: Verdict | None, *, fair: bool = True) -> bool:
+    def judge(
+        self,
+        contribution: Contribution,
+        verdict: Verdict | None,
+        *,
+        fair: bool = True,
+        at_home: bool = False,
+    ) -> bool:
         """A contribution was tried; whether its device is distrusted from now on, and was not before.
 
         Args:
             fair: whether this device can tell a lie from honest work on data that are unlike its own. If it
                 cannot, it does not build on what it refuses, and holds that against nobody.
+            at_home: whether the run is so small that two votes outvote a device: then nobody is suspected.
         """
         made = work(contribution)
         if made in self._found:
@@ -130,8 +149,7 @@ class Opinions:
         device = contribution.device
         if not fair and (verdict is None or not verdict.malformed):
             return False
-        refused = verdict is not None
-        self._tally(device, STEM_WEIGHT if refused and contribution.shard == STEM else 1, refused=refused)
+        self._tally(contribution, refused=verdict is not None, at_home=at_home)
         self._gross[device] += verdict is not None and verdict.gross
         if verdict is None or device in self._distrusted:
             return False
@@ -140,13 +158,19 @@ class Opinions:
             self._distrusted[device] = f"{gross} of its contributions were far worse than what was there"
         return device in self._distrusted
 
-    def _tally(self, device: DeviceId, count: int, *, refused: bool) -> None:
+    def _tally(self, contribution: Contribution, *, refused: bool, at_home: bool) -> None:
+        """Count leases, not contributions: one that went wrong, as honest ones do at a high learning rate,
+        spoils all branches of its bundle.
+        """
+        device = contribution.device
         if device not in self._tried and len(self._tried) >= DEVICES_MAX:
             return
-        self._tried[device] += count
-        self._refused[device] += count * refused
+        weight = STEM_WEIGHT if refused and contribution.shard == STEM else 1
+        self._tried[device] += weight * _is_another_lease(self._tried_on, contribution)
+        if refused:
+            self._refused[device] += weight * _is_another_lease(self._refused_on, contribution)
         counts = self._counts(device)
-        if refused and stands_out(*counts):
+        if refused and not at_home and stands_out(*counts):
             self._suspected.add(device)
         if self._refused[device] and chance_of(*counts) < DOUBT_CHANCE:
             self._doubted.add(device)
@@ -208,6 +232,21 @@ class Opinions:
                 case [str(device), int(refused), int(tried)] if 0 <= refused <= tried:
                     self._tried[DeviceId(device)] = tried
                     self._refused[DeviceId(device)] = refused
+
+
+def _is_another_lease(lately: _Lately, contribution: Contribution) -> bool:
+    """Whether a contribution is certainly of another lease than those of its device before it.
+
+    A lease trains each shard once, and on one state of the stem.
+    """
+    key = contribution.device, contribution.stem_digest
+    counts = lately.setdefault(key, Counter())
+    most = max(counts.values(), default=0)
+    counts[contribution.shard] += 1
+    lately.move_to_end(key)
+    if len(lately) > LATELY_MAX:
+        lately.popitem(last=False)
+    return counts[contribution.shard] > most
 
 
 def _pairs(kept: object) -> list[tuple[str, str]]:

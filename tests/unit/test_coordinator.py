@@ -614,6 +614,9 @@ def test_a_device_without_most_of_anothers_classes_does_not_vote_against_it(
     one.observe_board([Record(device=device(1), class_counts=counts[theirs])], 0.0)
     for generation in range(1, 20):
         one.judged(mine(contribution(1, generation=generation)), REFUSED)
+    assert one.accused == (), "in a small run, two votes are enough"
+    one.receive([mine(contribution(author)) for author in range(1, 10)], 0.0)
+    one.judged(mine(contribution(1, generation=20)), REFUSED)
     assert one.accused == ((device(1),) if votes else ())
 
 

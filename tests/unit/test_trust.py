@@ -55,6 +55,32 @@ def test_a_device_is_distrusted_after_two_gross_contributions() -> None:
     assert mine.distrusted == {device(1)}
 
 
+def test_refused_branches_of_one_lease_count_once() -> None:
+    """A lease that went wrong spoils its whole bundle; that is no sign of a liar."""
+    mine = Opinions()
+    for author in range(1, 5):
+        for count in range(1, 4):
+            mine.judge(made(author, count, stem_digest=f"{author}/{count}"), None)
+    for count in range(4, 8):
+        mine.judge(made(5, count, shard=f"t{count}", stem_digest="one"), REFUSED)
+    assert mine.accused == frozenset()
+    mine.judge(made(5, 8, shard="t4", stem_digest="one"), REFUSED)
+    assert mine.accused == {device(5)}, "a shard is trained once in a lease"
+
+
+def test_where_two_votes_outvote_only_gross_work_gives_one() -> None:
+    mine = Opinions()
+    for author in range(1, 4):
+        for count in range(1, 4):
+            mine.judge(made(author, count), None, at_home=True)
+    for count in range(1, 9):
+        mine.judge(made(4, count), REFUSED, at_home=True)
+    assert mine.accused == frozenset()
+    for count in range(9, 9 + GROSS_MAX):
+        mine.judge(made(4, count), GROSS, at_home=True)
+    assert mine.accused == {device(4)}
+
+
 def test_one_contribution_counts_once_however_often_it_is_tried() -> None:
     mine = Opinions()
     for _ in range(5):
