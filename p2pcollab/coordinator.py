@@ -434,8 +434,11 @@ class Coordinator:
         return Claim(shards=shards, sequence=self._sequence, ask=self._promising((*shards, STEM), now))
 
     def _vacant(self, views: Sequence[DeviceView]) -> bool:
-        """Whether something may be trained now that nobody holds."""
-        held = {shard for view in views for shard in view.leases}
+        """Whether something may be trained now that nobody holds, but for those who must be stuck.
+
+        The device that should take that over may not find them so: what it goes by are its own leases.
+        """
+        held = {shard for view in views if not view.overdue for shard in view.leases}
         needs = allotment.needs(self.spec, self._samples())
         return any(need > 0 and shard not in held for shard, need in needs.items())
 

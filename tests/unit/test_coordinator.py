@@ -374,6 +374,25 @@ def test_patience_with_idle_devices_does_not_run_while_nothing_is_free() -> None
     assert one.decide(200.0) is None
 
 
+def test_patience_runs_while_a_shard_is_held_by_one_that_is_stuck() -> None:
+    """The idle device that should take over may not find it stuck, after a long lease of its own."""
+    one = coordinator(advert=Advert(speed=1.0, class_counts=(0, 10, 10, 10)))
+    done = [mine(successor((), 2, SPEC.budget(shard), shard=shard)) for shard in SPEC.shards if shard != T0]
+    one.receive(done, 0.0)
+    owner = Record(device=device(9), class_counts=(10, 10, 10, 10))
+    stuck = Record(
+        device=device(1), state="training", leases=(T0,), lease_sequence=1, class_counts=(0, 10, 10, 10)
+    )
+    enough = int(OVERDUE_UNKNOWN_S + (HOPELESS + 1) * SETTINGS.silence_s)
+    for now in range(enough):
+        one.observe_board([replace(each, beat=now + 1) for each in (owner, stuck)], float(now))
+        if one.decide(float(now)) is not None:
+            break
+    else:
+        pytest.fail("it waits for ever")
+    assert now > OVERDUE_UNKNOWN_S
+
+
 def test_who_is_there_is_known_after_as_long_as_a_live_device_may_be_silent() -> None:
     one = coordinator()
     assert not one.has_listened(1000.0)
