@@ -97,8 +97,9 @@ class Presence:
         if unheard_s > self._silence_s / 2:
             # This device was suspended, or its board did not answer: silence that nobody listened to is no
             # evidence of death. A little of it is, or on a board that is always slow nobody would ever die.
+            # What came by a push meanwhile is as fresh as it can be.
             for peer in self._peers.values():
-                peer.changed_at += unheard_s - self._silence_s / 4
+                peer.changed_at = min(now, peer.changed_at + unheard_s - self._silence_s / 4)
         # Of two readings at the same time, the one that began first may end last.
         self._observed_at = max(now, self._observed_at or now)
         if self.observing_since is None:

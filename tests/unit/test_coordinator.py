@@ -393,6 +393,19 @@ def test_patience_runs_while_a_shard_is_held_by_one_that_is_stuck() -> None:
     assert now > OVERDUE_UNKNOWN_S
 
 
+def test_what_was_pushed_during_a_standstill_keeps_nobody_alive_for_longer_than_a_silence() -> None:
+    one = coordinator()
+    one.observe_board([Record(device=device(1))], 0.0)
+    # It wakes, and a push has waited for it; its maker has died meanwhile.
+    one.hear([Record(device=device(1), beat=2)], 100.0)
+    one.observe_board([Record(device=device(1), beat=2)], 100.0)
+    one.observe_board([], 100.0 + SILENCE / 4)
+    assert device(1) in one.live(100.0 + SILENCE / 4)
+    for quarter in range(2, 6):
+        one.observe_board([], 100.0 + quarter * SILENCE / 4)
+    assert device(1) not in one.live(100.0 + 5 * SILENCE / 4)
+
+
 def test_who_is_there_is_known_after_as_long_as_a_live_device_may_be_silent() -> None:
     one = coordinator()
     assert not one.has_listened(1000.0)
