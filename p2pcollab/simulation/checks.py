@@ -26,6 +26,8 @@ _PUBLISHING_S: Final = 0.3 + BOARD_RPC_S
 #: missed: a beat that comes late through a slow board may cost a moment.
 LOOK_S: Final = 10.0
 _MISSED_MAX: Final = 3
+#: Of a device's work on a shard so many states are known at most: newest, the one before, and what is here.
+_GIVEN_UP_MAX: Final = 3
 
 
 class Checks:
@@ -236,5 +238,9 @@ class Checks:
         """
         coordinator, held = device.coordinator, frozenset(device.held - device.disk.rotten)
         now = self._simulation.now
-        given_up_at = now + 2 * coordinator.settings.replication.write_off_s
-        return any(coordinator.obtainable(shard, held, when) for when in (now, given_up_at))
+        # One after the other: how long something is missing is counted since what came after it was given up.
+        given_up_s = 2 * coordinator.settings.replication.write_off_s
+        return any(
+            coordinator.obtainable(shard, held, now + times * given_up_s)
+            for times in range(_GIVEN_UP_MAX + 1)
+        )
