@@ -37,10 +37,10 @@ from zeroconf import DNSOutgoing, ServiceInfo
 
 from p2pcollab.authentication import NONCE_BYTES, Authenticator
 from p2pcollab.daemon import streams
-from p2pcollab.daemon.board import expiry
 from p2pcollab.daemon.calls import PREFIX
 from p2pcollab.daemon.discovery import SERVICE
 from p2pcollab.keys import Identity, RunKeys, peer_id
+from p2pcollab.presence import record_expiry
 from p2pcollab.records import BOARD_DEVICES, DeviceRecord, seal_record
 from p2pcollab.run import PROTOCOL_VERSION, RunId, RunSpec, ShardId
 from p2pcollab.wire import (
@@ -239,7 +239,7 @@ class Stranger:
 
         def store() -> bytes:
             record, data = sealed()
-            return self.store_request(self.board_key, record.device, data, expiry(record.beat))
+            return self.store_request(self.board_key, record.device, data, record_expiry(record.beat))
 
         kinds: tuple[tuple[str, Callable[[], bytes]], ...] = (
             (PREFIX + "prove", lambda: b""),
@@ -303,7 +303,7 @@ class Stranger:
         victim, other = self._victim(n), self._other(n)
         record = self.record(other.identity, beat=round(time.time() * 1000) - 30_000 + n)
         sealed = seal_record(self.keys, other.identity, record)
-        return await self._hand_in(victim, n, other.identity.device, sealed, expiry(record.beat))
+        return await self._hand_in(victim, n, other.identity.device, sealed, record_expiry(record.beat))
 
     async def forged_record(self, n: int) -> str:
         """Records for another device's subkey, or for a device of its own, under a guessed or a lent seal."""
@@ -312,7 +312,9 @@ class Stranger:
         keys = self.keys if n % 3 else RunKeys.derive(secrets.token_bytes(16))
         record = self.record(own)
         device = own.device if n % 5 == 0 else other.identity.device
-        return await self._hand_in(victim, n, device, seal_record(keys, own, record), expiry(record.beat))
+        return await self._hand_in(
+            victim, n, device, seal_record(keys, own, record), record_expiry(record.beat)
+        )
 
     async def forged_contribution(self, n: int) -> str:
         """Contributions of its own, in another device's name, and altered ones of real devices."""
@@ -536,7 +538,7 @@ class Stranger:
             self.board_key,
             self.identity.device,
             sealed,
-            expiry(record.beat),
+            record_expiry(record.beat),
             DHTID.generate(self.identity.peer_id).to_bytes(),
         )
         done = {}
