@@ -36,7 +36,7 @@ from .ledger import Contribution, Ledger, states_digest
 from .plans import Advert, Claim, CoordinatorSettings, JobPlan, RecordFields, ShardJob, Trial
 from .presence import BoardRecord, Presence, Sighting
 from .run import STEM, DeviceId, RunSpec, ShardId
-from .trust import AT_HOME_MAX, Opinions, Verdict, accused, outvoted
+from .trust import Opinions, Verdict, accused, can_tell, is_household, outvoted
 
 __all__ = [
     "Advert",
@@ -54,8 +54,6 @@ __all__ = [
 ]
 
 
-#: Part of a device's classes that a judge must have examples of to hold refusals against it.
-FAIR_PART: Final = 0.75
 #: Idle devices count for nothing after this many times the patience.
 HOPELESS: Final = 4.0
 
@@ -273,9 +271,8 @@ class Coordinator:
         the ledger, so that nobody brings it again.
         """
         accused_before = self._opinions.accused
-        caught = self._opinions.judge(
-            contribution, verdict, fair=self._fair(contribution.device), at_home=self._at_home()
-        )
+        fair, at_home = self._fair(contribution.device), is_household(self._ledger)
+        caught = self._opinions.judge(contribution, verdict, fair=fair, at_home=at_home)
         if verdict is not None and verdict.malformed:
             self._disbelieve([contribution])
         else:
@@ -287,21 +284,9 @@ class Coordinator:
             self._count()
 
     def _fair(self, device: DeviceId) -> bool:
-        """Whether this device has examples of most classes that another one trains on.
-
-        A device with three classes of ten builds a state that is good at those three. Honest work of one with
-        all ten is worse on them, time and again.
-        """
+        """Whether this device may hold its refusals against another one."""
         record = self._presence.record(device)
-        theirs = record.class_counts if record is not None and any(record.class_counts) else None
-        counts = theirs or (1,) * len(self.spec.classes)
-        shared = sum(mine > 0 < count for mine, count in zip(self.advert.class_counts, counts, strict=False))
-        return shared >= FAIR_PART * sum(count > 0 for count in counts)
-
-    def _at_home(self) -> bool:
-        """Whether so few take part that two of them can have a third left out."""
-        contributors = {entry.device for entry in self._ledger.entries.values()}
-        return len(contributors) <= AT_HOME_MAX + 1
+        return can_tell(self.advert.class_counts, record.class_counts if record is not None else ())
 
     @property
     def accused(self) -> tuple[DeviceId, ...]:

@@ -11,7 +11,8 @@ A device names both in its next contributions, which are in the ledger: whom mor
 others name is *outvoted*, on all devices with equal ledgers alike, whether they have examples to judge by or
 not. What an outvoted device has made does not count any more, except where others have built on it. Who
 suspects a device does not build on its work either, and treats it like any other in everything else: one
-judge may suspect an honest device by chance, several hardly ever.
+judge may suspect an honest device by chance, several hardly ever. In a run so small that two votes are enough
+nobody is suspected.
 
 So two devices with equal ledgers count the same, whatever each of them thinks. A refusal decides only what a
 device builds on: even gross ones hit honest work now and then, say a branch that is tried on a stem which has
@@ -22,7 +23,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter, OrderedDict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -67,6 +68,8 @@ class Verdict:
     malformed: bool = False
 
 
+#: Part of a device's classes that a judge must have examples of to hold refusals against it.
+FAIR_PART: Final = 0.75
 #: One device alone is not believed about another one.
 VOTES_MIN: Final = 2
 #: Who is named by more than one in so many of the others is outvoted. With three, four of nine had to agree:
@@ -229,7 +232,7 @@ class Opinions:
         )
         for row in _list(fields.get("tried"))[:DEVICES_MAX]:
             match row:
-                case [str(device), int(refused), int(tried)] if 0 <= refused <= tried:
+                case [str(device), int(refused), int(tried)] if 0 <= refused <= tried and tried > 0:
                     self._tried[DeviceId(device)] = tried
                     self._refused[DeviceId(device)] = refused
 
@@ -285,9 +288,30 @@ def stands_out(refused: int, tried: int, others_refused: int, others_tried: int)
     return refused >= SUSPECT_MIN and chance_of(refused, tried, others_refused, others_tried) < SUSPECT_CHANCE
 
 
+def can_tell(own_counts: Sequence[int], their_counts: Sequence[int]) -> bool:
+    """Whether a judge has examples of most classes that a device trains on: `FAIR_PART` of them.
+
+    A device with three classes of ten builds a state that is good at those three. Honest work of one with all
+    ten is worse on them, time and again.
+
+    Args:
+        own_counts: the judge's training examples of each class.
+        their_counts: the device's; none, if that is not known: it may have any class.
+    """
+    theirs = their_counts if any(their_counts) else (1,) * len(own_counts)
+    shared = sum(own > 0 < count for own, count in zip(own_counts, theirs, strict=False))
+    return shared >= FAIR_PART * sum(count > 0 for count in theirs)
+
+
 def accused(distrusted: Iterable[DeviceId]) -> tuple[DeviceId, ...]:
     """Distrusted devices as a contribution names them."""
     return tuple(sorted(distrusted)[:DISTRUSTS_MAX])
+
+
+def is_household(ledger: Ledger) -> bool:
+    """Whether so few have contributed that two of them can have a third left out."""
+    contributors = {entry.device for entry in ledger.entries.values()}
+    return len(contributors) <= AT_HOME_MAX + 1
 
 
 def outvoted(ledger: Ledger) -> frozenset[DeviceId]:

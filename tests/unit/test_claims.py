@@ -6,10 +6,10 @@ import random
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
+from coordinator_examples import SILENCE, Record, coordinator, mine
 from hypothesis import given
 from hypothesis import strategies as st
 from ledger_examples import T0, contribution, device, history, small_spec, successor
-from test_coordinator import SILENCE, Record, coordinator, mine
 
 from p2pcollab.claims import equivocation, own_count
 from p2pcollab.coordinator import Coordinator, CoordinatorSettings
