@@ -213,10 +213,13 @@ class _Player:
                 self.result.models_equal = len(set(models.values())) == 1
                 if not self.result.models_equal:
                     self.result.problems.append("devices assemble different models")
+            self._compare()
         else:
             self._say(f"{self._now():6.1f} s  waiting for equal ledgers")
-            self._settle(None)
-        self._compare()
+            with self._standstill():
+                self._settle(None)
+                # Before anybody goes on: the lease that ends next makes the ledgers differ for a moment.
+                self._compare()
 
     def end_all(self) -> None:
         """SIGKILL all daemons with all that is theirs."""
@@ -230,7 +233,8 @@ class _Player:
 
     def _perform(self, moment: sc.Moment) -> None:
         if isinstance(moment.step, sc.Settle):
-            self._settle(moment.step.within_rounds)
+            with self._standstill():
+                self._settle(moment.step.within_rounds)
             return
         for number in moment.hosts:
             with self._problems():
@@ -300,14 +304,24 @@ class _Player:
     def _empty_disk(self, number: int) -> None:
         self._ballast(number).unlink(missing_ok=True)
 
-    def _settle(self, within_rounds: int | None) -> None:
-        """Let nobody make anything new, and wait for equal ledgers."""
-        at_s = round(self._now(), 2)
-        # From the healing on, if that is what is waited for: looking at all devices takes a moment.
-        began, self._healed = self._healed or time.monotonic(), None
+    @contextlib.contextmanager
+    def _standstill(self) -> Iterator[None]:
+        """Nobody makes anything new."""
         trainers = [t for d in self._reachable().values() if (t := d.processes().get("trainer")) is not None]
         for trainer in trainers:
             trainer.suspend()
+        try:
+            yield
+        finally:
+            for trainer in trainers:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    trainer.resume()
+
+    def _settle(self, within_rounds: int | None) -> None:
+        """Wait for equal ledgers."""
+        at_s = round(self._now(), 2)
+        # From the healing on, if that is what is waited for: looking at all devices takes a moment.
+        began, self._healed = self._healed or time.monotonic(), None
         seconds = None
         with self._problems():
             wait_until(self._equal, timeout_s=_SETTLE_S, what="all ledgers to be equal")
@@ -319,9 +333,6 @@ class _Player:
         if within_rounds is not None and (rounds is None or rounds > within_rounds):
             self.result.problems.append(f"ledgers were not equal within {within_rounds} rounds")
         self._look()
-        for trainer in trainers:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                trainer.resume()
 
     # Looking
 
