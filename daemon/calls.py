@@ -6,7 +6,18 @@ from dataclasses import dataclass
 from typing import Final, Protocol
 
 from ..errors import IncompatibleError, NoPeersError, P2PCollabError, PeerError
-from ..wire import ErrorReply, Exchange, ExchangeReply, Fetch, Hello, HelloReply, Push, PushReply
+from ..wire import (
+    Earlier,
+    EarlierReply,
+    ErrorReply,
+    Exchange,
+    ExchangeReply,
+    Fetch,
+    Hello,
+    HelloReply,
+    Push,
+    PushReply,
+)
 
 #: Names of our calls on the wire; those of the board have none.
 PREFIX: Final = "p2pcollab/1/"
@@ -41,6 +52,9 @@ class Handlers(Protocol):
 
     async def push(self, peer: str, request: Push) -> PushReply:
         """Take contributions and the caller's record."""
+
+    async def earlier(self, peer: str, request: Earlier) -> EarlierReply:
+        """Say what is held of a device's contributions to a shard."""
 
     async def fetch(self, peer: str, request: Fetch) -> bytes | None:
         """The whole shard; None if it is not held."""

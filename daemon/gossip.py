@@ -24,6 +24,8 @@ from ..run import PROTOCOL_VERSION, DeviceId, ShardId
 from ..screen import reason_to_refuse
 from ..wire import (
     Download,
+    Earlier,
+    EarlierReply,
     Exchange,
     ExchangeReply,
     Fetch,
@@ -111,6 +113,13 @@ class Gossip:
             self._board.learn(request.record, device_of_peer(peer))
             await self.observe(fresh=False)
         return PushReply(accepted=len(self.take(request.entries, device_of_peer(peer))))
+
+    async def earlier(self, peer: str, request: Earlier) -> EarlierReply:
+        """Say what is held of a device's contributions to a shard."""
+        del peer
+        session = self._session
+        entry = session.coordinator.newest_here(request.shard, request.device, session.store.digests())
+        return EarlierReply(entry=b"" if entry is None else encode_contribution(entry))
 
     async def fetch(self, peer: str, request: Fetch) -> bytes | None:
         """A shard's bytes."""
@@ -491,11 +500,30 @@ class Gossip:
                 except PeerError as error:
                     log.info("fetch refused", device=device, digest=want.digest, reason=str(error))
                     if not isinstance(error, RefusalError) or error.code == "not-found":
+                        await self._ask_for_earlier(device, want)
                         session.coordinator.refused(want.digest, device, session.clock())
                         break
             if download.complete:
                 download = Download(want.digest, want.size)  # all came, and it was not what was asked for
         return None
+
+    async def _ask_for_earlier(self, device: DeviceId, want: Want) -> None:
+        """Hear what a device has instead of tensors that it does not give: they may be lost."""
+        session = self._session
+        for author in session.coordinator.authors(want.shard, want.digest):
+            try:
+                question = Earlier(shard=want.shard, device=author)
+                reply = await session.transport.earlier(self._known_peer(device), question)
+                entry = decode_contribution(reply.entry, session.run_id) if reply.entry else None
+            except P2PCollabError as error:
+                log.info("no word of earlier tensors", device=device, reason=str(error))
+                continue
+            if (
+                entry is not None
+                and entry.key == (want.shard, author)
+                and session.coordinator.offered(entry, session.store.digests(), session.clock())
+            ):
+                log.info("earlier tensors offered", device=device, digest=entry.tensors_digest)
 
     def _known_peer(self, device: DeviceId) -> str:
         peer = self.peer_of(device)

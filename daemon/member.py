@@ -207,6 +207,7 @@ class Member:
         deadline = session.clock() + _HARVEST_S
         await self._meet_somebody(deadline)
         await self.gossip.exchange_all()
+        session.coordinator.ask_again()
         while True:
             missing = session.coordinator.harvest(session.store.digests(), session.clock())
             # What every live device says that it does not hold died with its maker.

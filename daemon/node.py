@@ -21,7 +21,17 @@ from .. import limits
 from ..errors import NotAuthorisedError, P2PCollabError, PeerError, RunError, StorageError
 from ..keys import Identity, RunKeys
 from ..run import PROTOCOL_VERSION, JoinCode, RunSpec
-from ..wire import Exchange, ExchangeReply, Fetch, Hello, HelloReply, Push, PushReply
+from ..wire import (
+    Earlier,
+    EarlierReply,
+    Exchange,
+    ExchangeReply,
+    Fetch,
+    Hello,
+    HelloReply,
+    Push,
+    PushReply,
+)
 from . import opening
 from . import status as views
 from .addresses import AddressBook, PeerAddress
@@ -461,6 +471,10 @@ class _Doorman:
     async def push(self, peer: str, request: Push) -> PushReply:
         """Take contributions and the caller's record."""
         return await self._gossip.push(peer, request)
+
+    async def earlier(self, peer: str, request: Earlier) -> EarlierReply:
+        """Say what is held of a device's contributions to a shard."""
+        return await self._gossip.earlier(peer, request)
 
     async def fetch(self, peer: str, request: Fetch) -> bytes | None:
         """The whole shard; None if it is not held."""

@@ -22,7 +22,7 @@ from ..keys import Identity
 from ..ledger import Contribution
 from ..plans import Trial
 from ..run import STEM, RunSpec, ShardId
-from ..simulation import Device, DevicePlan, Scenario, Simulation
+from ..simulation import Device, DevicePlan, Scenario, Simulation, harvest
 from ..trust import Verdict
 from ..wire import encode_contribution, sign_contribution
 from .trainer import trial_fields
@@ -135,7 +135,9 @@ class Rehearsal:
         self._seed = seed
         self._on_lease = on_lease
         self._budget = sum(spec.budget(shard) for shard in spec.shards)
-        scenario = Scenario(name="rehearsal", devices=tuple(plans), spec=spec, limit_s=float("inf"))
+        scenario = Scenario(
+            name="rehearsal", devices=tuple(plans), spec=spec, limit_s=float("inf"), compares_models=False
+        )
         self._simulation = self._simulate(scenario, seed)
 
     def _workshop(self, index: int) -> Workshop:
@@ -155,12 +157,7 @@ class Rehearsal:
         """
         outcome = self._simulation.run()
         device = self._simulation.devices[0]
-        self._harvest(device)
-        now = self._simulation.now
-        frontiers = {
-            shard: device.coordinator.obtainable(shard, device.held, now) for shard in self.spec.shards
-        }
-        model = self._workshops[0].assemble({"frontiers": _encoded(frontiers)}, self._blobs)
+        model = self._workshops[0].assemble({"frontiers": _encoded(harvest(device))}, self._blobs)
         return Rehearsed(
             model=model["data"],
             devices=tuple(
@@ -172,15 +169,6 @@ class Rehearsal:
             seconds=outcome.finished_at,
             discarded=outcome.discarded,
         )
-
-    def _harvest(self, device: Device) -> None:
-        """Let a device have what an assembly needs, as long as it wants more: it refuses what it would."""
-        now = self._simulation.now
-        while wants := [
-            want.digest for want in device.coordinator.harvest(device.held, now) if want.digest in self._blobs
-        ]:
-            for digest in wants:
-                device.keep_tensors(digest)
 
     # The simulation's port
 

@@ -33,6 +33,8 @@ from ..files import write_atomic
 from ..keys import Identity, RunKeys
 from ..wire import (
     Download,
+    Earlier,
+    EarlierReply,
     ErrorReply,
     Exchange,
     ExchangeReply,
@@ -640,6 +642,10 @@ class Transport:
         """Give contributions and our record to a peer. Raises: see `_call`."""
         return await self._call(peer, "push", request, PushReply)
 
+    async def earlier(self, peer: str, request: Earlier) -> EarlierReply:
+        """Ask a peer what it holds of a device's contributions to a shard. Raises: see `_call`."""
+        return await self._call(peer, "earlier", request, EarlierReply)
+
     async def fetch(self, peers: Sequence[str], digest: str, length: int) -> bytes:
         """A shard, from the first of the peers that has it; what one of them began, the next goes on with.
 
@@ -711,6 +717,7 @@ class Transport:
         await p2p.add_sealed_handler(PREFIX + "hello", _answering(Hello, self._handlers.hello))
         await p2p.add_sealed_handler(PREFIX + "exchange", _answering(Exchange, self._handlers.exchange))
         await p2p.add_sealed_handler(PREFIX + "push", _answering(Push, self._handlers.push))
+        await p2p.add_sealed_handler(PREFIX + "earlier", _answering(Earlier, self._handlers.earlier))
         await p2p.add_sealed_handler(PREFIX + "fetch", _answering(Fetch, self._answer_fetch))
         await p2p.add_binary_stream_handler(streams.METHOD, self._answer_stream)
 

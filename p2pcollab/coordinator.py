@@ -262,6 +262,7 @@ class Coordinator:
                 self._holding = self._holding.without(entry)
                 if earlier is not None:
                     self._holding = self._holding.add(earlier)
+            self._holdings.withdraw(entry)
         self._count()
 
     def judged(self, contribution: Contribution, verdict: Verdict | None) -> None:
@@ -686,6 +687,29 @@ class Coordinator:
         """
         start = self._holdings.start(self._believed, shard, held, frozenset(self.live(now)), now)
         return tuple(entry for entry in start if entry.tensors_digest in held)
+
+    def authors(self, shard: ShardId, digest: str) -> tuple[DeviceId, ...]:
+        """The devices that are known to have made these tensors."""
+        return tuple(entry.device for entry in self._holdings.named(self._holding, shard, digest))
+
+    def newest_here(self, shard: ShardId, device: DeviceId, held: AbstractSet[str]) -> Contribution | None:
+        """The newest of a device's contributions to a shard whose tensors are here: for those to whom this
+        device could not give what came after it.
+        """
+        return self._holdings.newest_here(self._holding, (shard, device), held)
+
+    def offered(self, contribution: Contribution, held: AbstractSet[str], now: float) -> bool:
+        """Another device has these tensors, of an author of whom it lacks newer ones; whether that is news.
+
+        The contribution is verified. It counts where what came after it is lost.
+        """
+        if contribution.run_id != self._run_id:
+            return False
+        return self._holdings.offer(self._holding, contribution, held, frozenset(self.live(now)), now)
+
+    def ask_again(self) -> None:
+        """What devices lacked a while ago they may have now: believe no earlier refusal."""
+        self._holdings.ask_again()
 
     def refused(self, digest: str, device: DeviceId, now: float) -> None:
         """A device answered that it does not hold a digest. When all have, a lease goes on without it."""

@@ -6,8 +6,9 @@ that matters lives on a few devices, chosen by rendezvous hashing, so that all d
 word.
 
 Tensors can be lost: their maker dies before anyone has fetched them. Then a lease starts from what came
-before them. If they are not seen for long, the next contribution declares them contained (their samples were
-trained, their effect is lost), or they would stay in the frontier for ever.
+before them, which those who have it tell the others. If they are not seen for long, the next contribution
+declares them contained (their samples were trained, their effect is lost), or they would stay in the frontier
+for ever.
 """
 
 from __future__ import annotations
@@ -77,6 +78,8 @@ class Holdings:
         self._replaced: dict[Key, Contribution] = {}
         #: Of each key what came last, or what was the newest held when garbage was last collected.
         self._here: dict[Key, Contribution] = {}
+        #: Of keys whose newest tensors a device did not give, what it said it had instead.
+        self._offered: dict[Key, Contribution] = {}
         self._noticed_at: dict[str, float] = {}
         self._missing_since: dict[str, float] = {}
         #: Since when tensors are asked for only to judge others by.
@@ -92,6 +95,7 @@ class Holdings:
     def notice(self, contribution: Contribution, replaced: Contribution | None, now: float) -> None:
         """A contribution has entered the ledger, in the place of an older one if there was one."""
         self._noticed_at[contribution.tensors_digest] = now
+        self._drop_offer(contribution.key)
         if replaced is not None:
             earlier = self._replaced.get(replaced.key)
             if earlier is not None:
@@ -103,6 +107,55 @@ class Holdings:
         here = self._here.get(contribution.key)
         if here is None or here.version < contribution.version:
             self._here[contribution.key] = contribution
+
+    def newest_here(self, ledger: Ledger, key: Key, held: AbstractSet[str]) -> Contribution | None:
+        """The newest of a device's contributions to a shard whose tensors are here."""
+        known = (ledger.get(*key), self._replaced.get(key), self._here.get(key), self._offered.get(key))
+        here = [entry for entry in known if entry is not None and entry.tensors_digest in held]
+        return max(here, key=lambda entry: entry.version, default=None)
+
+    def offer(
+        self,
+        ledger: Ledger,
+        contribution: Contribution,
+        held: AbstractSet[str],
+        live: AbstractSet[DeviceId],
+        now: float,
+    ) -> bool:
+        """Another device has this of a key whose newest tensors it could not give; whether that is news.
+
+        A device that came late, or has restarted, knows only the newest of what the dead have made. Without
+        this it would go on from less than the others do, and assemble another model.
+        """
+        newest = ledger.get(*contribution.key)
+        if newest is None or newest == contribution or not supersedes(newest, contribution):
+            return False
+        if contribution in self._known(ledger, contribution.shard):
+            return False
+        before = self._offered.get(contribution.key)
+        if (
+            before is not None
+            and before.version > contribution.version
+            and (before.tensors_digest in held or not self._lost(before, live, now))
+        ):
+            return False
+        self._drop_offer(contribution.key)
+        self._offered[contribution.key] = contribution
+        return True
+
+    def _drop_offer(self, key: Key) -> None:
+        offered = self._offered.pop(key, None)
+        if offered is not None:
+            self._forget(offered.tensors_digest)
+
+    def withdraw(self, contribution: Contribution) -> None:
+        """What was offered is malformed."""
+        if self._offered.get(contribution.key) == contribution:
+            self._drop_offer(contribution.key)
+
+    def ask_again(self) -> None:
+        """Believe no longer that devices lack what they lacked a while ago."""
+        self._refused.clear()
 
     def _forget(self, digest: str) -> None:
         self._noticed_at.pop(digest, None)
@@ -116,12 +169,14 @@ class Holdings:
         """A contribution has left the ledger: the one that it had replaced."""
         self._forget(contribution.tensors_digest)
         self._here.pop(contribution.key, None)
+        self._drop_offer(contribution.key)
         return self._replaced.pop(contribution.key, None)
 
     def remembered(self) -> tuple[int, int]:
-        """Contributions that were replaced, and the digests about which most is known."""
+        """Contributions that came before the newest, and the digests about which most is known."""
         since = max(len(self._noticed_at), len(self._missing_since), len(self._sought_since))
-        return len(self._replaced), max(since, len(self._refused), len(self._ranked), len(self._chosen))
+        earlier = len(self._replaced) + len(self._offered)
+        return earlier, max(since, len(self._refused), len(self._ranked), len(self._chosen))
 
     def refuse(self, digest: str, device: DeviceId, now: float) -> None:
         """A device has answered that it does not hold a digest."""
@@ -130,7 +185,8 @@ class Holdings:
     def _known(self, ledger: Ledger, shard: ShardId) -> list[Contribution]:
         known = list(ledger.of_shard(shard))
         for entry in tuple(known):
-            for earlier in (self._replaced.get(entry.key), self._here.get(entry.key)):
+            key = entry.key
+            for earlier in (self._replaced.get(key), self._here.get(key), self._offered.get(key)):
                 if earlier is not None and earlier not in known:
                     known.append(earlier)
         return known

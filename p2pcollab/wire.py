@@ -347,6 +347,21 @@ class ErrorReply(Message):
         return cls(code=code, text=printable[: limits.ERROR_TEXT_CHARS_MAX])
 
 
+class Earlier(Message):
+    """Asks for the newest of a device's contributions to a shard whose tensors the other one holds."""
+
+    TAG = 10
+    shard: ShardField
+    device: DeviceField
+
+
+class EarlierReply(Message):
+    """The encoded contribution; empty: it holds none."""
+
+    TAG = 11
+    entry: Annotated[bytes, Field(max_length=limits.CONTRIBUTION_BYTES_MAX)]
+
+
 MessageKind = TypeVar("MessageKind", bound=Message)
 
 

@@ -2,6 +2,7 @@
 
 from .devices import BEAT_S, GOSSIP_S, SETTINGS, Device
 from .faults import SCENARIOS
+from .harvest import harvest
 from .invariants import INVARIANTS, Broken
 from .outcome import Healing, Outcome, Takeover
 from .scenarios import Cut, DevicePlan, Scenario, Stop, random_scenario, run_spec, sixteen
@@ -26,6 +27,7 @@ __all__ = [
     "Stop",
     "Takeover",
     "Training",
+    "harvest",
     "random_scenario",
     "run_spec",
     "sixteen",

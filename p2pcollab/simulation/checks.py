@@ -12,6 +12,7 @@ from ..holdings import STEMS_KEPT
 from ..ledger import Contribution, Ledger
 from ..run import STEM, DeviceId, ShardId
 from .devices import BEAT_S, CALL_S, GOSSIP_S, Device
+from .harvest import differing
 from .invariants import Broken
 from .network import BOARD_RPC_S, KEEPALIVE_S
 
@@ -230,6 +231,18 @@ class Checks:
                     raise self.broken("nothing-lost", f"{shard} has {count} of {true} samples of {maker}")
             if not any(self._can_start(device, shard) for device in live.values()):
                 raise self.broken("coverage-recovers", f"no live device has tensors of {shard} to go on from")
+
+    @property
+    def forgetting_s(self) -> float:
+        """How long a dead device may count as alive, from now on: what shows it may be late, too."""
+        scenario = self._simulation.scenario
+        return self.expiry_s + (scenario.straggle_s if scenario.straggling else 0.0) + LOOK_S
+
+    def models_equal(self) -> None:
+        """The ledgers are equal, and nobody takes a dead device for alive."""
+        for shard, states in differing(self._simulation).items():
+            told = {self._simulation.by_id[device].index: names for device, names in states.items()}
+            raise self.broken("models-equal", f"devices assemble {shard} of different tensors: {told}")
 
     def _can_start(self, device: Device, shard: ShardId) -> bool:
         """Whether a device will have a state of a shard once it has given up what nobody gives it.

@@ -419,7 +419,9 @@ class Device:
             asked_at, attempt = self.asked.get(want.digest, (-math.inf, 0))
             if now - asked_at >= FETCH_TIMEOUT_S and want.holders:
                 self.asked[want.digest] = (now, attempt + 1)
-                self.send(want.holders[attempt % len(want.holders)], "fetch", want.digest)
+                authors = self.coordinator.authors(want.shard, want.digest)
+                holder = want.holders[attempt % len(want.holders)]
+                self.send(holder, "fetch", (want.digest, want.shard, authors))
 
     def send(self, device: DeviceId, kind: str, content: Any) -> None:
         """Hand a message to the network."""
@@ -444,20 +446,40 @@ class Device:
                 self.coordinator.hear([record], self.simulation.now)
             self.receive(entries)
         elif kind == "fetch":
-            gives = content in self.held and self.disk.read_shard(content)
-            if gives:
-                self.sent_bytes += self.simulation.sizes.get(content, 0)
-            self.send(sender, "tensors" if gives else "refusal", content)
+            digest, shard, authors = content
+            instead = self.give(digest, shard, authors)
+            if instead is None:
+                self.send(sender, "tensors", digest)
+            else:
+                self.send(sender, "refusal", (digest, instead))
         elif kind == "tensors":
             self.asked.pop(content, None)
             self.keep_tensors(content)
             self.look_again()
         elif kind == "refusal":
-            self.coordinator.refused(content, sender, self.simulation.now)
-            asked_at, attempt = self.asked.get(content, (0.0, 0))
-            self.asked[content] = (asked_at - FETCH_TIMEOUT_S, attempt)
+            digest, instead = content
+            self.take_refusal(digest, sender, instead)
+            asked_at, attempt = self.asked.get(digest, (0.0, 0))
+            self.asked[digest] = (asked_at - FETCH_TIMEOUT_S, attempt)
             self.fetch()
             self.look_again()
+
+    def give(
+        self, digest: str, shard: ShardId, authors: Sequence[DeviceId]
+    ) -> tuple[Contribution, ...] | None:
+        """Give tensors (None), or say what is here of their authors instead."""
+        if digest in self.held and self.disk.read_shard(digest):
+            self.sent_bytes += self.simulation.sizes.get(digest, 0)
+            return None
+        held = self.held - self.disk.rotten
+        instead = (self.coordinator.newest_here(shard, author, held) for author in authors)
+        return tuple(entry for entry in instead if entry is not None)
+
+    def take_refusal(self, digest: str, sender: DeviceId, instead: Sequence[Contribution]) -> None:
+        """A device does not hold tensors, but perhaps what came before them."""
+        for entry in instead:
+            self.coordinator.offered(entry, self.held, self.simulation.now)
+        self.coordinator.refused(digest, sender, self.simulation.now)
 
     def keep_tensors(self, digest: str) -> None:
         """Tensors have come: keep them, unless they do not count."""

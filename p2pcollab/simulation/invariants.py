@@ -10,6 +10,7 @@ INVARIANTS: Final = {
     "live devices hold tensors of every shard",
     "ledgers-converge": "so many gossip rounds after a cut has healed, and at the end, every live device has "
     "heard what any has",
+    "models-equal": "in the end all live devices assemble the same model, whatever has died with others",
     "newer-stays": "in no ledger does an older contribution of a device take the place of a newer one",
     "counted-once": "no state counts more samples of a device than it has given to that shard, and no "
     "contribution counts fewer of its maker's",

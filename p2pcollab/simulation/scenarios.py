@@ -96,6 +96,8 @@ class Scenario:
     #: Part of the messages that come up to `straggle_s` too late.
     straggling: float = 0.0
     straggle_s: float = 30.0
+    #: In the end, let every device assemble the model, and compare. That is work where training is real.
+    compares_models: bool = True
     #: What a reading of the board shows may be this old.
     staleness_s: float = 0.3
     #: A device needs up to this long to find the others; 0: it knows them from the start.

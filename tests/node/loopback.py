@@ -16,7 +16,17 @@ from p2pcollab.daemon.transport import Transport
 from p2pcollab.keys import Identity, RunKeys
 from p2pcollab.records import DeviceRecord
 from p2pcollab.run import RunId
-from p2pcollab.wire import Exchange, ExchangeReply, Fetch, Hello, HelloReply, Push, PushReply
+from p2pcollab.wire import (
+    Earlier,
+    EarlierReply,
+    Exchange,
+    ExchangeReply,
+    Fetch,
+    Hello,
+    HelloReply,
+    Push,
+    PushReply,
+)
 
 LOOPBACK = Interface(name="lo", address="127.0.0.1", prefix_bits=8)
 RUN = RunId("5e" * 32)
@@ -34,6 +44,7 @@ class Answers:
     def __init__(self) -> None:
         self.spec = b"the run spec"
         self.shards: dict[str, bytes] = {}
+        self.earlier_of: dict[tuple[str, str], bytes] = {}
         self.callers: list[str] = []
         self.error: Exception | None = None
         self.stuck = False
@@ -51,6 +62,9 @@ class Answers:
 
     async def push(self, peer: str, request: Push) -> PushReply:
         return PushReply(accepted=len(request.entries))
+
+    async def earlier(self, peer: str, request: Earlier) -> EarlierReply:
+        return EarlierReply(entry=self.earlier_of.get((request.shard, request.device), b""))
 
     async def fetch(self, peer: str, request: Fetch) -> bytes | None:
         return self.shards.get(request.digest)

@@ -23,7 +23,8 @@ from p2pcollab.daemon.streams import Tickets
 from p2pcollab.daemon.transport import Transport
 from p2pcollab.errors import IncompatibleError, NotAuthorisedError, PeerError, UsageError
 from p2pcollab.keys import Identity, device_of_peer
-from p2pcollab.wire import Download, Fetch
+from p2pcollab.run import ShardId
+from p2pcollab.wire import Download, Earlier, Fetch
 
 
 def _shard(size: int) -> tuple[str, bytes]:
@@ -39,6 +40,20 @@ def test_a_handler_knows_which_device_calls(tmp_path: Path) -> None:
             assert reply.spec == first.answers.spec
             assert first.answers.callers == [second.identity.peer_id]
             assert device_of_peer(first.answers.callers[0]) == second.identity.device
+
+    asyncio.run(run())
+
+
+def test_a_peer_says_what_it_holds_of_a_devices_work(tmp_path: Path) -> None:
+    async def run() -> None:
+        keys = fresh_keys()
+        async with devices(tmp_path, keys, keys, meet=False) as (first, second):
+            await second.transport.connect(first.transport.address)
+            question = Earlier(shard=ShardId("t0"), device=second.identity.device)
+            assert (await second.transport.earlier(first.transport.peer_id, question)).entry == b""
+            first.answers.earlier_of["t0", second.identity.device] = b"a contribution"
+            reply = await second.transport.earlier(first.transport.peer_id, question)
+            assert reply.entry == b"a contribution"
 
     asyncio.run(run())
 

@@ -13,6 +13,7 @@ from typing import Any, Final
 import pytest
 
 from p2pcollab import ledger, presence
+from p2pcollab.coordinator import Coordinator
 from p2pcollab.ledger import Contribution
 from p2pcollab.presence import BoardRecord, Presence
 from p2pcollab.run import DeviceId
@@ -55,6 +56,10 @@ def _beat_by_the_clock(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(devices, "next_beat", lambda _last, clock_s: round(clock_s * 1000))
 
 
+def _say_nothing_of_earlier(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(Coordinator, "newest_here", lambda _self, _shard, _device, _held: None)
+
+
 def _collect_unnamed(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(Device, "kept", lambda self: self.coordinator.keep(self.held))
 
@@ -89,6 +94,11 @@ PLANTS: Final[Mapping[str, Plant]] = {
         "a device whose clock was set back shows beats that it has shown before",
         "living-are-seen",
         _beat_by_the_clock,
+    ),
+    "say-nothing-of-earlier": Plant(
+        "who knows only the newest of what a dead device has made is not told what came before it",
+        "models-equal",
+        _say_nothing_of_earlier,
     ),
     "collect-unnamed": Plant(
         "garbage is collected between the write of a shard and of the contribution that names it",

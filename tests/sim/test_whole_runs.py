@@ -169,6 +169,7 @@ FINDING_SEEDS = {
     "never-die": 3,
     "beat-by-the-clock": 29,
     "collect-unnamed": 6,
+    "say-nothing-of-earlier": 51,
     "forgive-all": 41,
 }
 

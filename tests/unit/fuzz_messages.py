@@ -54,6 +54,8 @@ from p2pcollab.run import DeviceId, JoinCode, RunSpec, ShardId
 from p2pcollab.screen import reason_to_refuse
 from p2pcollab.wire import (
     Download,
+    Earlier,
+    EarlierReply,
     ErrorReply,
     Exchange,
     ExchangeReply,
@@ -83,6 +85,8 @@ _KINDS: dict[int, type[Message]] = {
         Fetch,
         StreamHeader,
         ErrorReply,
+        Earlier,
+        EarlierReply,
     )
 }
 
@@ -103,6 +107,8 @@ def _messages() -> list[Message]:
         Fetch(digest="ef" * 32, offset=1000),
         StreamHeader(digest="ef" * 32, length=123_456),
         ErrorReply(code="not-found", text="this device does not hold that shard"),
+        Earlier(shard=ShardId("t3"), device=DeviceId("0" * 32)),
+        EarlierReply(entry=contribution()),
     ]
 
 

@@ -345,6 +345,78 @@ def test_harvest_wants_what_came_before_lost_tensors() -> None:
     assert wanted == {newer.tensors_digest: (), older.tensors_digest: (device(1), device(2))}
 
 
+def late_joiner() -> tuple[Coordinator, list[Contribution]]:
+    """One that has heard only the newest of three states that a dead device has made of one shard."""
+    one = coordinator()
+    one.observe_board([Record(device=device(1)), Record(device=device(2))], 0.0)
+    made: list[Contribution] = []
+    for _ in range(3):
+        made.append(mine(successor(tuple(made[-1:]), 9)))
+    one.receive(made[-1:], 0.0)
+    return one, made
+
+
+def test_what_came_before_lost_tensors_is_heard_from_those_who_have_it() -> None:
+    one, (first, second, newest) = late_joiner()
+    knowing = coordinator(1)
+    for now, entry in enumerate((first, second, newest)):
+        knowing.receive([entry], float(now))
+    held = {second.tensors_digest}
+    assert one.authors(T0, newest.tensors_digest) == (device(9),)
+    instead = knowing.newest_here(T0, device(9), held)
+    assert instead == second
+    assert one.offered(instead, frozenset(), 1.0)
+    assert not one.offered(instead, frozenset(), 1.0), "no news"
+    assert newest.tensors_digest in {want.digest for want in one.harvest(frozenset(), 1.0)}
+    for author in (1, 2):
+        one.refused(newest.tensors_digest, device(author), 1.0)
+    assert second.tensors_digest in {want.digest for want in one.harvest(frozenset(), 1.0)}
+    assert one.obtainable(T0, held, 1.0) == (second,)
+    assert second.tensors_digest in one.keep(held)
+    # It is one more state of that place, and forgotten when the device lives and makes another one.
+    assert one.remembered()["replaced"] == 1
+    one.receive([mine(successor((newest,), 9))], 2.0)
+    assert one.remembered()["replaced"] == 1
+
+
+def test_the_newest_that_can_be_had_is_believed_of_what_devices_offer() -> None:
+    one, (first, second, newest) = late_joiner()
+    for author in (1, 2):
+        one.refused(newest.tensors_digest, device(author), 1.0)
+    assert one.offered(first, frozenset(), 1.0)
+    assert one.offered(second, frozenset(), 1.0)
+    assert not one.offered(first, frozenset(), 1.0)
+    assert one.obtainable(T0, {first.tensors_digest, second.tensors_digest}, 1.0) == (second,)
+    # Nobody gives that one either.
+    for author in (1, 2):
+        one.refused(second.tensors_digest, device(author), 1.0)
+    one.obtainable(T0, frozenset(), 1.0)
+    assert one.offered(first, frozenset(), 1.0)
+    assert one.obtainable(T0, {first.tensors_digest}, 1.0) == (first,)
+
+
+def test_only_what_came_before_is_believed_of_what_devices_offer() -> None:
+    one, (first, second, newest) = late_joiner()
+    later = mine(successor((newest,), 9))
+    elsewhere = contribution(9)
+    unknown = mine(contribution(8))
+    for entry in (newest, later, elsewhere, unknown):
+        assert not one.offered(entry, frozenset(), 1.0)
+    assert one.offered(second, frozenset(), 1.0)
+    one.judged(second, Verdict(reason="of the wrong shape", gross=True, malformed=True))
+    assert one.authors(T0, second.tensors_digest) == ()
+    assert first not in one.ledger.of_shard(T0)
+
+
+def test_an_assembly_asks_again_who_refused_before() -> None:
+    one, (*_, newest) = late_joiner()
+    for author in (1, 2):
+        one.refused(newest.tensors_digest, device(author), 0.0)
+    assert one.harvest(frozenset(), 0.1)[0].holders == ()
+    one.ask_again()
+    assert set(one.harvest(frozenset(), 0.1)[0].holders) == {device(1), device(2)}
+
+
 def test_harvest_wants_every_frontier() -> None:
     one = coordinator()
     entries = [mine(contribution(author, shard=shard)) for author in (1, 2) for shard in (STEM, T0)]

@@ -24,6 +24,8 @@ from p2pcollab.ledger import Contribution, Ledger
 from p2pcollab.run import STEM, DeviceId, RunId, ShardId
 from p2pcollab.wire import (
     Download,
+    Earlier,
+    EarlierReply,
     ErrorReply,
     Exchange,
     ExchangeReply,
@@ -258,6 +260,8 @@ EXAMPLES: tuple[Message, ...] = (
     Fetch(digest="ab" * 32, offset=7),
     StreamHeader(digest="ab" * 32, length=limits.SHARD_BYTES_MAX),
     ErrorReply(code="not-found", text="no such shard"),
+    Earlier(shard=STEM, device=BOB.device),
+    EarlierReply(entry=ENCODED),
 )
 MARKED = ["t0", "0" * 32, 1, bytes(8)]
 MESSAGES: tuple[type[Message], ...] = tuple(type(message) for message in EXAMPLES)

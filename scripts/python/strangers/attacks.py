@@ -42,8 +42,9 @@ from p2pcollab.daemon.discovery import SERVICE
 from p2pcollab.keys import Identity, RunKeys, peer_id
 from p2pcollab.presence import record_expiry
 from p2pcollab.records import BOARD_DEVICES, DeviceRecord, seal_record
-from p2pcollab.run import PROTOCOL_VERSION, RunId, RunSpec, ShardId
+from p2pcollab.run import PROTOCOL_VERSION, STEM, RunId, RunSpec, ShardId
 from p2pcollab.wire import (
+    Earlier,
     Exchange,
     Fetch,
     Hello,
@@ -246,6 +247,7 @@ class Stranger:
             (PREFIX + "hello", lambda: Hello(run_prefix=self.run_id[:14], version=PROTOCOL_VERSION).encode()),
             (PREFIX + "exchange", lambda: Exchange(root=bytes(32), summary=()).encode()),
             (PREFIX + "push", push),
+            (PREFIX + "earlier", lambda: Earlier(shard=STEM, device=of.identity.device).encode()),
             (PREFIX + "fetch", lambda: Fetch(digest=self._digest(), offset=0).encode()),
             (PREFIX + "rotation", lambda: secrets.token_bytes(32)),
             (PREFIX + "renew", lambda: secrets.token_bytes(200)),
