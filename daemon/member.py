@@ -220,10 +220,7 @@ class Member:
             # A device that could not give something just now is asked again after a while.
             await anyio.sleep(0 if session.store.has(open_wants[0].digest) else _AGAIN_S)
         held = session.store.digests()
-        frontiers = {
-            shard: session.coordinator.obtainable(shard, held, session.clock())
-            for shard in session.spec.shards
-        }
+        frontiers = {shard: session.coordinator.assembled_of(shard, held) for shard in session.spec.shards}
         return await session.trainer.assemble(frontiers, session.store.get_shard)
 
     async def _meet_somebody(self, deadline: float) -> None:

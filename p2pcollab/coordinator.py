@@ -641,7 +641,7 @@ class Coordinator:
                 first = self._references(start, held, live, now)
                 wants += self._holdings.want(first or start, held, live, now, needed=True)
         named = {want.digest for want in wants}
-        quota = self._holdings.quota(self._believed, self._shards, live, now)
+        quota = self._holdings.quota(self._believed, self._shards, held, live, now)
         quota = list(dict.fromkeys((*quota, *self._evidence(held, live, now))))
         replicas = self._holdings.want(quota, held, live, now, needed=False)
         return (*wants, *(want for want in replicas if want.digest not in named))
@@ -676,17 +676,16 @@ class Coordinator:
         entries: list[Contribution] = []
         for shard in self._shards:
             frontier = self._believed.frontier(shard)
-            instead = self._holdings.start(self._believed, shard, held, live, now)
+            instead = self._holdings.sought(self._believed, shard, held, live, now)
             entries += dict.fromkeys((*frontier, *instead))
         return tuple(self._holdings.want(entries, held, live, now, needed=True))
 
-    def obtainable(self, shard: ShardId, held: AbstractSet[str], now: float) -> tuple[Contribution, ...]:
-        """What a shard is assembled of here: its frontier, or what came before where that is lost.
+    def assembled_of(self, shard: ShardId, held: AbstractSet[str]) -> tuple[Contribution, ...]:
+        """What a shard is assembled of here: its frontier, or what came before where that is not here.
 
         What this device does not build on is part of it, or devices would assemble different models.
         """
-        start = self._holdings.start(self._believed, shard, held, frozenset(self.live(now)), now)
-        return tuple(entry for entry in start if entry.tensors_digest in held)
+        return self._holdings.here(self._believed, shard, held)
 
     def authors(self, shard: ShardId, digest: str) -> tuple[DeviceId, ...]:
         """The devices that are known to have made these tensors."""

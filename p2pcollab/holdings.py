@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from typing import Final
@@ -46,8 +46,9 @@ class ReplicationSettings:
     replicas: int = 3
     #: Keep everything.
     replicate_all: bool = False
-    #: Age at which a contribution is replicated. Later saves the transfer of contributions that are
-    #: superseded at once; what is lost with a device in between is at most its last lease.
+    #: Age at which a contribution is replicated, by devices that have an earlier state of that shard. Later
+    #: saves the transfer of contributions that are superseded at once; what is lost with a device in between
+    #: is at most its last lease.
     replicate_after_s: float = 2.0
     #: How long a lease waits for tensors that nobody gives and whose maker is not alive.
     patience_s: float = 8.0
@@ -275,20 +276,48 @@ class Holdings:
         shunned: AbstractSet[Work] = frozenset(),
     ) -> tuple[Contribution, ...]:
         """What a shard can be merged of: its frontier, without what cannot be had or is not to be used."""
+        return self._without(
+            lambda entry: (
+                work(entry) in shunned or (entry.tensors_digest not in held and self._lost(entry, live, now))
+            ),
+            ledger,
+            shard,
+        )
+
+    def sought(
+        self,
+        ledger: Ledger,
+        shard: ShardId,
+        held: AbstractSet[str],
+        live: AbstractSet[DeviceId],
+        now: float,
+    ) -> tuple[Contribution, ...]:
+        """What a shard can be merged of if everybody is asked for it, however long that takes."""
+        return self._without(
+            lambda entry: (
+                entry.tensors_digest not in held and not self._askable(entry.tensors_digest, live, now)
+            ),
+            ledger,
+            shard,
+        )
+
+    def here(self, ledger: Ledger, shard: ShardId, held: AbstractSet[str]) -> tuple[Contribution, ...]:
+        """What a shard can be merged of now."""
+        return self._without(lambda entry: entry.tensors_digest not in held, ledger, shard)
+
+    def _without(
+        self, lost: Callable[[Contribution], bool], ledger: Ledger, shard: ShardId
+    ) -> tuple[Contribution, ...]:
+        """The frontier of a shard, with what came before where that is lost."""
         start = ledger.frontier(shard)
         known: list[Contribution] | None = None
         while True:
-            lost = [
-                entry
-                for entry in start
-                if work(entry) in shunned
-                or (entry.tensors_digest not in held and self._lost(entry, live, now))
-            ]
-            if not lost:
+            gone = [entry for entry in start if lost(entry)]
+            if not gone:
                 return start
             if known is None:
                 known = self._known(ledger, shard)
-            known = [entry for entry in known if entry not in lost]
+            known = [entry for entry in known if entry not in gone]
             start = frontier_of(known)
 
     def _lost(self, entry: Contribution, live: AbstractSet[DeviceId], now: float) -> bool:
@@ -357,15 +386,26 @@ class Holdings:
         return self._ranked[digest]
 
     def quota(
-        self, ledger: Ledger, shards: Sequence[ShardId], live: AbstractSet[DeviceId], now: float
+        self,
+        ledger: Ledger,
+        shards: Sequence[ShardId],
+        held: AbstractSet[str],
+        live: AbstractSet[DeviceId],
+        now: float,
     ) -> list[Contribution]:
-        """Contributions of the frontiers that this device should keep a replica of."""
+        """Contributions of the frontiers that this device should keep a replica of.
+
+        At once where it has nothing of a shard: a device may come back with all that was ever trained of it,
+        and die.
+        """
         mature = now - self._settings.replicate_after_s
         self._rank_among(live)
         chosen = []
         for shard in shards:
             for entry in ledger.frontier(shard):
-                if self._noticed_at.get(entry.tensors_digest, now) <= mature:
+                if self._noticed_at.get(entry.tensors_digest, now) <= mature or not any(
+                    known.tensors_digest in held for known in self._known(ledger, shard)
+                ):
                     in_quota = self._chosen.get(entry.tensors_digest)
                     if in_quota is None:
                         in_quota = self._chosen[entry.tensors_digest] = self._in_quota(entry, live)

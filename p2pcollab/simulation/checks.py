@@ -27,8 +27,6 @@ _PUBLISHING_S: Final = 0.3 + BOARD_RPC_S
 #: missed: a beat that comes late through a slow board may cost a moment.
 LOOK_S: Final = 10.0
 _MISSED_MAX: Final = 3
-#: Of a device's work on a shard so many states are known at most: newest, the one before, and what is here.
-_GIVEN_UP_MAX: Final = 3
 
 
 class Checks:
@@ -249,11 +247,5 @@ class Checks:
 
         What has rotted on its disk counts for nothing, though it has not looked yet.
         """
-        coordinator, held = device.coordinator, frozenset(device.held - device.disk.rotten)
-        now = self._simulation.now
-        # One after the other: how long something is missing is counted since what came after it was given up.
-        given_up_s = 2 * coordinator.settings.replication.write_off_s
-        return any(
-            coordinator.obtainable(shard, held, now + times * given_up_s)
-            for times in range(_GIVEN_UP_MAX + 1)
-        )
+        held = device.held - device.disk.rotten
+        return bool(device.coordinator.assembled_of(shard, held))

@@ -31,6 +31,8 @@ SETTLE_S: Final = 0.3
 #: An idle device looks again (`daemon.work`).
 LOOK_AGAIN_S: Final = 1.0
 FETCH_TIMEOUT_S: Final = 2.0
+#: How often a device looks for tensors to fetch (`daemon.gossip`).
+FETCH_LOOK_S: Final = 0.5
 #: A lease whose tensors do not come is given up, and the device pauses (`daemon.work`).
 PREPARE_S: Final = 20.0
 AFTER_FAILURE_S: Final = 2.0
@@ -60,6 +62,7 @@ class Device:
         self.coordinator: Coordinator
         self.asked: dict[str, tuple[float, int]] = {}
         self.preparing = False
+        self.fetching_later = False
         self.claimed_at = 0.0
         self.beat_count = 0
         #: It stands still until then, after so long, and its trainer is behind by so much.
@@ -97,6 +100,7 @@ class Device:
         self.storing = frozenset()
         self.asked.clear()
         self.preparing = False
+        self.fetching_later = False
         self.beat_count = 0
         self.coordinator = Coordinator(
             simulation.scenario.spec,
@@ -392,7 +396,23 @@ class Device:
         new = self.coordinator.receive(contributions, self.simulation.now)
         if new:
             self.disk.put_entries(new)
+            self.fetch_soon()
         self.simulation.received(self, before, contributions)
+
+    def fetch_soon(self) -> None:
+        """Look at once for tensors of what was heard, and when it is time to replicate it."""
+        self.fetch()
+        if not self.fetching_later:
+            self.fetching_later = True
+            self.after(
+                SETTINGS.replication.replicate_after_s + FETCH_LOOK_S * self.simulation.rng.random(),
+                self.fetch_later,
+            )
+
+    def fetch_later(self) -> None:
+        """What was heard a while ago, and not superseded, is replicated."""
+        self.fetching_later = False
+        self.fetch()
 
     def gossip(self) -> None:
         """One round of anti-entropy. The next one begins when all have answered, or do not."""

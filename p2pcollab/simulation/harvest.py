@@ -23,10 +23,7 @@ def harvest(device: Device) -> Mapping[ShardId, tuple[Contribution, ...]]:
     while True:
         wants = [want for want in coordinator.harvest(device.held, simulation.now) if want.holders]
         if not wants:
-            return {
-                shard: coordinator.obtainable(shard, device.held, simulation.now)
-                for shard in simulation.budget
-            }
+            return {shard: coordinator.assembled_of(shard, device.held) for shard in simulation.budget}
         for want in wants:
             authors = coordinator.authors(want.shard, want.digest)
             giver = simulation.by_id[want.holders[0]]

@@ -120,7 +120,7 @@ class Simulation:
         self._run_until(self.converged, until, "ledgers-converge", "the ledgers do not become equal")
         if self.scenario.compares_models:
             until = self.now + self.checks.forgetting_s
-            self._run_until(self._dead_are_forgotten, until, "leases-expire", "dead devices count as alive")
+            self._run_until(self._see_each_other, until, "living-are-seen", "not all see who is there")
             self.checks.models_equal()
         self.outcome.digest = self._log.hexdigest()
         return self.outcome
@@ -166,9 +166,10 @@ class Simulation:
         """Whether all live ledgers are equal."""
         return len({device.coordinator.ledger.digest() for device in self.live()}) == 1
 
-    def _dead_are_forgotten(self) -> bool:
-        """Whether nobody would ask a dead device for tensors."""
-        return all(self.dead.keys().isdisjoint(device.coordinator.live(self.now)) for device in self.live())
+    def _see_each_other(self) -> bool:
+        """Whether everybody would ask all the others for tensors, and no dead device."""
+        there = {device.id for device in self.live()}
+        return all(there == set(device.coordinator.live(self.now)) for device in self.live())
 
     def known(self, devices: Iterable[Device]) -> Ledger:
         """What these devices know together."""

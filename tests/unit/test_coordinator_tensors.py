@@ -258,9 +258,21 @@ def test_replicate_all_wants_everything() -> None:
 
 
 def test_contribution_that_is_superseded_at_once_is_not_replicated() -> None:
+    first = mine(contribution(1))
+    second = mine(successor((first,), 1))
     for one in crowd(3):
-        one.receive([mine(contribution(1))], 0.0)
-        assert one.wanted(set(), SETTINGS.replication.replicate_after_s / 2) == ()
+        one.receive([first], 0.0)
+        one.receive([second], 10.0)
+        soon = 10.0 + SETTINGS.replication.replicate_after_s / 2
+        assert one.wanted({first.tensors_digest}, soon) == ()
+
+
+def test_the_only_state_of_a_shard_is_replicated_at_once() -> None:
+    """Its maker may come back after a long time with all that was ever trained of it, and die."""
+    entry = mine(contribution(1))
+    for one in crowd(3)[::2]:
+        one.receive([entry], 0.0)
+        assert [want.digest for want in one.wanted(set(), 0.0)] == [entry.tensors_digest]
 
 
 def test_device_that_refused_is_not_asked_again_at_once() -> None:
@@ -371,7 +383,7 @@ def test_what_came_before_lost_tensors_is_heard_from_those_who_have_it() -> None
     for author in (1, 2):
         one.refused(newest.tensors_digest, device(author), 1.0)
     assert second.tensors_digest in {want.digest for want in one.harvest(frozenset(), 1.0)}
-    assert one.obtainable(T0, held, 1.0) == (second,)
+    assert one.assembled_of(T0, held) == (second,)
     assert second.tensors_digest in one.keep(held)
     # It is one more state of that place, and forgotten when the device lives and makes another one.
     assert one.remembered()["replaced"] == 1
@@ -386,13 +398,13 @@ def test_the_newest_that_can_be_had_is_believed_of_what_devices_offer() -> None:
     assert one.offered(first, frozenset(), 1.0)
     assert one.offered(second, frozenset(), 1.0)
     assert not one.offered(first, frozenset(), 1.0)
-    assert one.obtainable(T0, {first.tensors_digest, second.tensors_digest}, 1.0) == (second,)
+    assert one.assembled_of(T0, {first.tensors_digest, second.tensors_digest}) == (second,)
     # Nobody gives that one either.
     for author in (1, 2):
         one.refused(second.tensors_digest, device(author), 1.0)
-    one.obtainable(T0, frozenset(), 1.0)
+    one.harvest(frozenset(), 1.0)
     assert one.offered(first, frozenset(), 1.0)
-    assert one.obtainable(T0, {first.tensors_digest}, 1.0) == (first,)
+    assert one.assembled_of(T0, {first.tensors_digest}) == (first,)
 
 
 def test_only_what_came_before_is_believed_of_what_devices_offer() -> None:
@@ -431,6 +443,6 @@ def test_assembly_falls_back_on_what_came_before_when_the_newest_died_with_its_m
     one = coordinator()
     one.receive([older, newer], 0.0)
     one.observe_board([Record(device=device(1))], 0.0)
-    assert one.obtainable(T0, {older.tensors_digest, newer.tensors_digest}, 0.0) == (newer,)
+    assert one.assembled_of(T0, {older.tensors_digest, newer.tensors_digest}) == (newer,)
     one.refused(newer.tensors_digest, device(1), 0.0)
-    assert one.obtainable(T0, {older.tensors_digest}, 0.1) == (older,)
+    assert one.assembled_of(T0, {older.tensors_digest}) == (older,)

@@ -260,7 +260,7 @@ def test_what_is_refused_is_assembled_and_is_not_built_on() -> None:
     one.receive([good, bad], 0.0)
     one.judged(bad, REFUSED)
     held = {good.tensors_digest, bad.tensors_digest}
-    assert one.obtainable(T0, held, 0.0) == (bad,)
+    assert one.assembled_of(T0, held) == (bad,)
     assert one.believed.samples(T0) == 20
     later = replace(successor((bad,), 3), run_id=SPEC.run_id, tensors_digest="later")
     assert one.trial(later, held, 0.0).reference == (good,)
