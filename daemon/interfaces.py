@@ -15,6 +15,11 @@ from ..errors import UsageError
 #: Where a packet to the outside would go tells the interface of the default route. Connecting a UDP socket
 #: sends nothing.
 _OUTSIDE: Final = ("198.51.100.1", 9)
+#: What a LAN may be (RFC 1918, RFC 3927). `is_private` means more: networks for documentation and benchmarks
+#: and all of 0.0.0.0/8 are "private" too, and packets to them leave by the default route.
+_PRIVATE: Final = tuple(
+    map(ipaddress.IPv4Network, ("10.0.0.0/8", "172.16.0.0/12", "192.168.0.0/16", "169.254.0.0/16"))
+)
 #: Interfaces of containers, virtual machines and tunnels: other devices of the LAN are hardly behind them.
 _VIRTUAL: Final = (
     *("docker", "br-", "veth", "cni", "flannel", "lxc"),
@@ -60,9 +65,7 @@ class Interface:
             return (
                 address not in (network.network_address, network.broadcast_address) or network.prefixlen > 30
             )
-        return address.is_private and not (
-            address.is_multicast or address.is_unspecified or address.is_reserved
-        )
+        return any(address in private for private in _PRIVATE)
 
 
 def list_interfaces() -> tuple[Interface, ...]:
