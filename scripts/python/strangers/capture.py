@@ -1,4 +1,4 @@
-"""Records all packets of a bridge, and looks in the recording for what must not be in it.
+"""Records all packets of a bridge, and puts together again what was said in them.
 
 As a program (`capture.py INTERFACE FILE`, in the bridge's network namespace) it writes a pcap file until its
 standard input ends, then prints how many packets the kernel passed to it and how many it had to drop. It
@@ -14,12 +14,10 @@ import struct
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
-
-import numpy as np
 
 _ETH_P_ALL: Final = 3
 _SOL_PACKET, _ADD_MEMBERSHIP, _STATISTICS, _PROMISCUOUS = 263, 1, 6, 1
@@ -28,8 +26,10 @@ _PACKET_BYTES_MAX: Final = 1 << 17
 _PCAP_HEAD: Final = struct.pack("<IHHiIII", 0xA1B2C3D4, 2, 4, 0, 0, _PACKET_BYTES_MAX, 1)
 _PCAP_RECORD: Final = struct.Struct("<IIII")
 _OUTGOING: Final = 4
+_IPV4: Final = b"\x08\x00"
 
-#: A flow: protocol, source, source port, destination, destination port.
+#: A flow: protocol, source, source port, destination, destination port. For what is neither TCP nor UDP over
+#: IPv4: "other", the Ethernet addresses, and the types of frame and packet in place of the ports.
 Flow = tuple[str, str, int, str, int]
 
 
@@ -62,16 +62,18 @@ def record(interface: str, path: Path) -> None:
 
 
 def packets(path: Path) -> Iterator[bytes]:
-    """The Ethernet frames of a recording."""
+    """The Ethernet frames of a recording; without the last one, if it is still being written."""
     with path.open("rb") as file:
         file.read(len(_PCAP_HEAD))
         while len(head := file.read(_PCAP_RECORD.size)) == _PCAP_RECORD.size:
-            yield file.read(_PCAP_RECORD.unpack(head)[2])
+            size = _PCAP_RECORD.unpack(head)[2]
+            if len(frame := file.read(size)) == size:
+                yield frame
 
 
 def _ipv4(frame: bytes) -> tuple[int, str, str, bytes] | None:
     """Protocol, source, destination and payload; None for other frames."""
-    if len(frame) < 34 or frame[12:14] != b"\x08\x00":
+    if len(frame) < 34 or frame[12:14] != _IPV4:
         return None
     packet = frame[14:]
     head_bytes, total = (packet[0] & 15) * 4, struct.unpack_from(">H", packet, 2)[0]
@@ -80,16 +82,28 @@ def _ipv4(frame: bytes) -> tuple[int, str, str, bytes] | None:
     return packet[9], socket.inet_ntoa(packet[12:16]), socket.inet_ntoa(packet[16:20]), payload
 
 
+def _fragment(frame: bytes) -> bool:
+    """Whether an IPv4 frame brings only a part of a packet."""
+    return bool(int.from_bytes(frame[20:22], "big") & 0x3FFF)
+
+
+def _other(frame: bytes) -> Flow:
+    """The flow of a frame that is neither TCP nor UDP over IPv4."""
+    kind = int.from_bytes(frame[12:14], "big")
+    return "other", frame[6:12].hex(":"), kind, frame[:6].hex(":"), frame[23] if len(frame) > 23 else 0
+
+
 @dataclass(slots=True)
 class Recording:
     """What was said on the network, put together again."""
 
-    #: What each side of each TCP connection sent, in order, without what was sent twice; datagrams joined.
+    #: What each side of each TCP connection sent, in order, without what was sent twice; datagrams joined;
+    #: and of all the rest whole frames: nothing but the heads of packets is left out.
     flows: dict[Flow, bytes] = field(default_factory=dict)
     #: How many packets went to each address.
     sent_to: dict[str, int] = field(default_factory=dict)
     packets: int = 0
-    bytes: int = 0
+    packet_bytes: int = 0
     #: Bytes of TCP that were not recorded, although what followed them was.
     missing_bytes: int = 0
 
@@ -103,13 +117,17 @@ class Recording:
         sent_to: dict[str, int] = defaultdict(int)
         for frame in packets(path):
             made.packets += 1
-            made.bytes += len(frame)
+            made.packet_bytes += len(frame)
             parsed = _ipv4(frame)
             if parsed is None:
+                datagrams[_other(frame)].append(frame)
                 continue
             protocol, source, destination, payload = parsed
             sent_to[destination] += 1
-            if protocol == socket.IPPROTO_TCP:
+            if _fragment(frame):
+                # Of its ports only the first part tells.
+                datagrams[_other(frame)].append(frame)
+            elif protocol == socket.IPPROTO_TCP:
                 source_port, destination_port, sequence = struct.unpack_from(">HHI", payload)
                 flow = ("tcp", source, source_port, destination, destination_port)
                 if payload[13] & 2:  # SYN: a new connection, even if the ports are those of an earlier one
@@ -121,8 +139,11 @@ class Recording:
             elif protocol == socket.IPPROTO_UDP:
                 source_port, destination_port = struct.unpack_from(">HH", payload)
                 datagrams["udp", source, source_port, destination, destination_port].append(payload[8:])
-        for flow, parts in segments.items():
-            made._close(flow, parts, starts.get(flow))
+            else:
+                datagrams[_other(frame)].append(frame)
+        for flow in list(segments):
+            # Taken out one by one: a recording is too long to be in memory twice.
+            made._close(flow, segments.pop(flow), starts.get(flow))
         for flow, sent in datagrams.items():
             made.flows[flow] = b"\x00".join(sent)
         made.sent_to = dict(sent_to)
@@ -146,65 +167,6 @@ class Recording:
             joined += data
             end = max(end, offset) + len(data)
         self.flows[flow] = self.flows.get(flow, b"") + bytes(joined)
-
-
-class Needles:
-    """Words, and pieces of files, to be found in any number of bytes in one pass.
-
-    Of each file, its pieces of 32 bytes at every 32nd byte: 63 bytes of it in a row contain one of them.
-    """
-
-    PIECE_BYTES: Final = 32
-    #: Pieces with fewer different values, such as all zeros, are found everywhere by chance.
-    _VALUES_MIN: Final = 12
-    _HEAD_BYTES: Final = 8
-
-    def __init__(self, words: Mapping[str, bytes], files: Iterable[bytes]) -> None:
-        assert all(len(word) >= self._HEAD_BYTES for word in words.values())
-        self._pieces = {
-            piece
-            for data in files
-            for start in range(0, len(data) - self.PIECE_BYTES + 1, self.PIECE_BYTES)
-            if len(set(piece := data[start : start + self.PIECE_BYTES])) >= self._VALUES_MIN
-        }
-        self._words: dict[bytes, list[tuple[str, bytes]]] = defaultdict(list)
-        for name, word in words.items():
-            self._words[word[: self._HEAD_BYTES]].append((name, word))
-        heads = {piece[: self._HEAD_BYTES] for piece in self._pieces} | set(self._words)
-        self._heads = np.unique(np.frombuffer(b"".join(sorted(heads)), dtype="<u8"))
-        #: Which first two bytes there are: a look-up that spares nearly all searches.
-        self._first = np.zeros(1 << 16, dtype=bool)
-        self._first[(self._heads & np.uint64(0xFFFF)).astype(np.uint16)] = True
-
-    @property
-    def pieces(self) -> int:
-        """How many pieces of files are looked for."""
-        return len(self._pieces)
-
-    def find(self, data: bytes) -> tuple[dict[str, int], int]:
-        """How often each word is in the data, and how many of the pieces, at any offset."""
-        words: dict[str, int] = defaultdict(int)
-        pieces = 0
-        for place in self._candidates(data):
-            pieces += data[place : place + self.PIECE_BYTES] in self._pieces
-            for name, word in self._words.get(data[place : place + self._HEAD_BYTES], ()):
-                if data.startswith(word, place):
-                    words[name] += 1
-        return dict(words), pieces
-
-    def _candidates(self, data: bytes) -> list[int]:
-        starts = len(data) - self._HEAD_BYTES + 1
-        if starts < 1:
-            return []
-        octets = np.frombuffer(data, dtype=np.uint8)
-        pairs = octets[:starts].astype(np.uint16)
-        pairs |= octets[1 : starts + 1].astype(np.uint16) << 8
-        places = np.flatnonzero(self._first[pairs])
-        heads = np.zeros(len(places), dtype="<u8")
-        for index in range(self._HEAD_BYTES):
-            heads |= octets[places + index].astype("<u8") << np.uint64(8 * index)
-        found: list[int] = places[np.isin(heads, self._heads)].tolist()
-        return found
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sqlite3
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
@@ -107,10 +107,12 @@ class Victim:
         finally:
             connection.close()
 
-    def shards(self) -> dict[str, bytes]:
-        """The shards that it holds now, by digest."""
+    def shards(self, known: Container[str] = ()) -> dict[str, bytes]:
+        """The shards that it holds now, by digest, but for those that are known."""
         found = {}
         for path in (self.run_folder / "shards").glob("*/*.safetensors"):
+            if path.stem in known:
+                continue
             try:
                 found[path.stem] = path.read_bytes()
             except FileNotFoundError:
@@ -131,7 +133,7 @@ class ShardCollector:
     def _run(self) -> None:
         while not self._stop.wait(0.5):
             for victim in self._victims:
-                self.shards.update(victim.shards())
+                self.shards.update(victim.shards(self.shards))
 
     def stop(self) -> None:
         """Collect no more."""
