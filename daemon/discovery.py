@@ -16,7 +16,7 @@ from collections.abc import AsyncIterator, Awaitable, Coroutine
 from dataclasses import dataclass
 from typing import Any, Final
 
-from zeroconf import (  # type: ignore[attr-defined]  # the three packets' classes are not listed as exports
+from zeroconf import (
     DNSIncoming,
     DNSOutgoing,
     DNSQuestion,

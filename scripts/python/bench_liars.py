@@ -8,6 +8,7 @@ import json
 import os
 import platform
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from bench_demo import processor
 from liars import report
 from liars.attacks import ATTACKS
 from liars.runs import Data, Setting, read, run
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
 from p2pcollab.data import inspect
 from p2pcollab.errors import P2PCollabError
@@ -83,7 +84,7 @@ def main() -> int:
                     data = data or read(setting)
                     found = run(
                         setting, data, attack, defended=defended, absent=absent,
-                        on_lease=lambda done, task=task: progress.update(task, completed=done),
+                        on_lease=partial(_show, progress, task),
                     )  # fmt: skip
                     found |= {"spec": setting.spec.model_dump(mode="json"), "machine": _machine()}
                     write_atomic(path, (json.dumps(found, indent=1) + "\n").encode())
@@ -171,6 +172,10 @@ def _write(options: argparse.Namespace, setting: Setting, results: list[dict[str
     options.json.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(options.json, (json.dumps(content, indent=1) + "\n").encode())
     write_atomic(options.json.with_suffix(".table.md"), (report.table(results) + "\n").encode())
+
+
+def _show(progress: Progress, task: TaskID, done: float) -> None:
+    progress.update(task, completed=done)
 
 
 def _machine() -> dict[str, Any]:

@@ -8,6 +8,7 @@ import os
 import platform
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from bench_demo import processor
 from method import report
 from method.columns import run_column
 from method.configuration import Configuration
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from p2pcollab.errors import P2PCollabError
 from p2pcollab.files import write_atomic
@@ -94,7 +95,7 @@ def main() -> int:
                 if not path.exists():
                     result = run_column(
                         configuration, column, seed, options.threads,
-                        lambda done, task=task: progress.update(task, completed=done),
+                        partial(_show, progress, task),
                         path.with_suffix(".safetensors"),
                     )  # fmt: skip
                     write_atomic(
@@ -139,6 +140,10 @@ def _put(path: Path, row: dict[str, Any]) -> None:
     rows.sort(key=lambda one: tuple(str(one[key]) for key in keys))
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps({"rows": rows}, indent=1) + "\n")
+
+
+def _show(progress: Progress, task: TaskID, done: float) -> None:
+    progress.update(task, completed=done)
 
 
 def _machine() -> dict[str, Any]:

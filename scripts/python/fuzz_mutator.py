@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Callable
-from typing import Any
+from functools import partial
+from typing import Any, AnyStr
 
 import msgpack
 
@@ -151,7 +152,7 @@ def _change_one(value: Any, rng: random.Random) -> Any:
         )
         for key, child in list(children):
             held.append(child)
-            places.append(lambda new, node=node, key=key: node.__setitem__(key, new))
+            places.append(partial(node.__setitem__, key))
             walk(child)
 
     walk(value)
@@ -175,15 +176,21 @@ def _instead(value: Any, rng: random.Random) -> Any:
             )
         case float():
             return rng.choice((value + 1, -value, value * 1e300, round(value, 1), 0.0))
-        case str() | bytes() if value:
-            at = rng.randrange(len(value))
-            return rng.choice((value[:at], value[at:], value + value[at:], value[:at] + value[at + 1 :]))
+        case str() if value:
+            return _other_text(value, rng)
+        case bytes() if value:
+            return _other_text(value, rng)
         case list():
             return _other_list(value, rng)
         case dict():
             return _other_map(value, rng)
         case _:
             return rng.choice(_SCALARS)
+
+
+def _other_text(value: AnyStr, rng: random.Random) -> AnyStr:
+    at = rng.randrange(len(value))
+    return rng.choice((value[:at], value[at:], value + value[at:], value[:at] + value[at + 1 :]))
 
 
 def _other_list(value: list[Any], rng: random.Random) -> Any:

@@ -13,6 +13,7 @@ import secrets
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,10 @@ def lost(before: Seen, after: Seen) -> list[str]:
 def progress(device: LocalDevice) -> float:
     status = device.status()
     return float(status["progress"]) if status else 0.0
+
+
+def reached(device: LocalDevice, moment: float) -> bool:
+    return progress(device) >= moment
 
 
 def resumed(victim: LocalDevice, part: str, before: dict[str, int]) -> bool:
@@ -88,7 +93,7 @@ def one_run(part: str, epochs: float, seed: int) -> dict[str, Any]:
             device.start(mode="join", code=code)
         victim = others[0]
         for moment in MOMENTS:
-            wait_until(lambda m=moment: progress(victim) >= m, timeout_s=300, what=f"progress {moment:.0%}")
+            wait_until(partial(reached, victim, moment), timeout_s=300, what=f"progress {moment:.0%}")
             before = {name: process.pid for name, process in victim.processes().items()}
             snapshot = seen(victim)
             at = progress(victim)
@@ -97,7 +102,7 @@ def one_run(part: str, epochs: float, seed: int) -> dict[str, Any]:
             if part == "daemon":
                 victim.start(mode="resume", code=None)
             wait_until(
-                lambda b=before: resumed(victim, part, b),
+                partial(resumed, victim, part, before),
                 timeout_s=60,
                 what=f"{part} of {victim.name} to be back",
             )

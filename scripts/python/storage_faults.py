@@ -12,6 +12,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +45,7 @@ def main() -> int:
         ("disk full", lambda seed: refusals(seed, leases, errno.ENOSPC)),
         ("disk error", lambda seed: refusals(seed, leases, errno.EIO)),
     ]
-    rows = [one_sweep(name, [lambda s=seed, f=sweep: f(s) for seed in seeds]) for name, sweep in sweeps]
+    rows = [one_sweep(name, [partial(sweep, seed) for seed in seeds]) for name, sweep in sweeps]
     rows += [
         one_sweep("byte flipped, daemon closed", [lambda: flips(1, closed=True)]),
         one_sweep("byte flipped, daemon killed", [lambda: flips(1, closed=False)]),
@@ -69,7 +70,7 @@ def rotten_device() -> Tally:
         code = runs.create(one, runs.digits_spec("rot", epochs=8))
         two.start(mode="join", code=code)
         for device in (one, two):
-            runs.eventually(lambda device=device: runs.contributed(device), "both devices to contribute")
+            runs.eventually(partial(runs.contributed, device), "both devices to contribute")
         before, was = runs.seen(two), runs.device_id(two)
         two.leave()
         flipped = [path for path in sorted(two.state.rglob("*")) if path.is_file() and is_first(path)]

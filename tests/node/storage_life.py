@@ -142,7 +142,7 @@ class Life:
         assert self.store is not None
         self.store.current = RUN_ID
 
-    def _options(self, value: dict[str, str]) -> Step:
+    def _options(self, value: dict[str, Any]) -> Step:
         def put() -> None:
             assert self.run is not None
             self.run.set_meta({"options": value})

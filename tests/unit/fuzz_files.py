@@ -289,7 +289,8 @@ def _state_meta(data: bytes) -> None:
 def _state_kept(data: bytes) -> None:
     from p2pcollab.daemon.kept import KeptFile
 
-    path, notices = _folder() / "kept", []
+    path = _folder() / "kept"
+    notices: list[str] = []
     path.write_bytes(data)
     (_folder() / "kept.copy").unlink(missing_ok=True)
     with suppress(StorageError):

@@ -100,7 +100,7 @@ def _messages() -> list[Message]:
         HelloReply(spec=SPEC.encode()),
         Exchange.create(bytes(32), summary),
         Exchange.create(bytes(32), {}, (ShardId("stem"), ShardId("t0"))),
-        ExchangeReply(root=bytes(32), entries=(contribution(),), want=(("t0", "0" * 32),)),
+        ExchangeReply(root=bytes(32), entries=(contribution(),), want=((ShardId("t0"), DeviceId("0" * 32)),)),
         Push(entries=(contribution(),), record=seal_record(KEYS, ALICE, record())),
         Push(entries=()),
         PushReply(accepted=3),

@@ -165,9 +165,10 @@ def msgpack_bombs(size: int, fields: Iterable[str]) -> list[bytes]:
             body = b"\xdc" + min(rows, 4096).to_bytes(2, "big") + row * min(rows, 4096)
             bombs.append(b"\x81" + pack(field) + body)
         # As many elements as may be, each of which is wrong.
-        for item in (["x", "y", -1, b""], ["t0", "x"], {}, b"", -1, None):
-            count = min(4096, (size - 64) // max(1, len(pack(item))))
-            bombs.append(pack({field: [item] * count}))
+        wrong: tuple[object, ...] = (["x", "y", -1, b""], ["t0", "x"], {}, b"", -1, None)
+        for element in wrong:
+            count = min(4096, (size - 64) // max(1, len(pack(element))))
+            bombs.append(pack({field: [element] * count}))
     bombs.append(pack({f"field {number}": 1 for number in range(128)}))
     return [bomb[:size] for bomb in bombs]
 

@@ -46,8 +46,8 @@ def record(interface: str, path: Path) -> None:
         file.write(_PCAP_HEAD)
         print("recording", flush=True)
         while True:
-            ready, _, _ = select.select([tap, 0], [], [])
-            if tap in ready:
+            ready, _, _ = select.select([tap.fileno(), 0], [], [])
+            if tap.fileno() in ready:
                 data, where = tap.recvfrom(_PACKET_BYTES_MAX)
                 # What the bridge itself floods out again was seen on its way in.
                 if where[2] == _OUTGOING:
