@@ -36,6 +36,7 @@ from ..wire import (
     decode_contribution,
     encode_contribution,
     first_page,
+    sign_again,
 )
 from .board import Board
 from .calls import RefusalError, UnreachableError
@@ -525,6 +526,13 @@ class Gossip:
             ):
                 log.info("earlier tensors offered", device=device, digest=entry.tensors_digest)
 
+    def _vote(self) -> None:
+        """Tell the others whom this device accuses since its last contribution."""
+        coordinator = self._session.coordinator
+        unvoiced = coordinator.unvoiced
+        if unvoiced is not None:
+            self.push_news(self.enter([sign_again(self._session.identity, unvoiced, coordinator.accused)]))
+
     def _known_peer(self, device: DeviceId) -> str:
         peer = self.peer_of(device)
         if peer is None:
@@ -553,4 +561,5 @@ class Gossip:
         self._tell_refusals()
         if session.coordinator.opinions != known:
             session.store.set_meta({"opinions": session.coordinator.opinions})
+        self._vote()
         return not entries or any(verdict is None or not verdict.malformed for verdict in verdicts.found)

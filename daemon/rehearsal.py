@@ -24,7 +24,7 @@ from ..plans import Trial
 from ..run import STEM, RunSpec, ShardId
 from ..simulation import Device, DevicePlan, Scenario, Simulation, harvest
 from ..trust import Verdict
-from ..wire import encode_contribution, sign_contribution
+from ..wire import encode_contribution, sign_again, sign_contribution
 from .trainer import trial_fields
 from .workshop import Workshop
 
@@ -208,6 +208,10 @@ class Rehearsal:
         self._spent[device.index].macs += checked["macs"]
         (told,) = checked["verdicts"]
         return None if told is None else Verdict(**told)
+
+    def sign_again(self, device: Device, contribution: Contribution) -> Contribution:
+        """See `simulation.Training`."""
+        return sign_again(self._identities[device.index], contribution, device.coordinator.accused)
 
     def discard(self, device: Device, plan: JobPlan, fraction: float) -> None:
         """See `simulation.Training`."""

@@ -225,6 +225,7 @@ class Coordinator:
                 self.convict((held, contribution))
             if held is None or contribution.newer_than(held):
                 self._claims.hear(contribution, now)
+                self._opinions.heard(contribution, now)
                 new[contribution.key] = contribution
         before = self._ledger
         self._ledger = before.add_all(new.values())
@@ -273,7 +274,9 @@ class Coordinator:
         """
         accused_before = self._opinions.accused
         fair, at_home = self._fair(contribution.device), is_household(self._ledger)
-        caught = self._opinions.judge(contribution, verdict, fair=fair, at_home=at_home)
+        samples = sum(count for _, count in contribution.seen)
+        progress = samples / self.spec.budget(contribution.shard)
+        caught = self._opinions.judge(contribution, verdict, progress=progress, fair=fair, at_home=at_home)
         if verdict is not None and verdict.malformed:
             self._disbelieve([contribution])
         else:
@@ -293,6 +296,18 @@ class Coordinator:
     def accused(self) -> tuple[DeviceId, ...]:
         """Devices that this one has caught lying or suspects of it, to be named in its contributions."""
         return accused(self._opinions.accused)
+
+    @property
+    def unvoiced(self) -> Contribution | None:
+        """The newest contribution of this device, if it accuses somebody whom none of them names.
+
+        Signed again with `accused`, it tells the others without waiting for a lease. At the end of a run
+        there is none, and the last lie would stay.
+        """
+        own = [entry for shard in self._shards if (entry := self._ledger.get(shard, self.device))]
+        if not own or set(self.accused) <= {device for entry in own for device in entry.distrusts}:
+            return None
+        return max(own, key=lambda entry: (entry.generation, entry.shard))
 
     @property
     def opinions(self) -> dict[str, Any]:

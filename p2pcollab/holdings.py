@@ -96,8 +96,9 @@ class Holdings:
     def notice(self, contribution: Contribution, replaced: Contribution | None, now: float) -> None:
         """A contribution has entered the ledger, in the place of an older one if there was one."""
         self._noticed_at[contribution.tensors_digest] = now
-        self._drop_offer(contribution.key)
-        if replaced is not None:
+        # One that was signed again, to name more liars, is no newer work.
+        if replaced is not None and work(replaced) != work(contribution):
+            self._drop_offer(contribution.key)
             earlier = self._replaced.get(replaced.key)
             if earlier is not None:
                 self._forget(earlier.tensors_digest)
@@ -129,9 +130,9 @@ class Holdings:
         this it would go on from less than the others do, and assemble another model.
         """
         newest = ledger.get(*contribution.key)
-        if newest is None or newest == contribution or not supersedes(newest, contribution):
+        if newest is None or not supersedes(newest, contribution):
             return False
-        if contribution in self._known(ledger, contribution.shard):
+        if work(contribution) in {work(entry) for entry in self._known(ledger, contribution.shard)}:
             return False
         before = self._offered.get(contribution.key)
         if (
@@ -184,13 +185,13 @@ class Holdings:
         self._refused.setdefault(digest, {})[device] = now
 
     def _known(self, ledger: Ledger, shard: ShardId) -> list[Contribution]:
-        known = list(ledger.of_shard(shard))
-        for entry in tuple(known):
+        known = {work(entry): entry for entry in ledger.of_shard(shard)}
+        for entry in tuple(known.values()):
             key = entry.key
             for earlier in (self._replaced.get(key), self._here.get(key), self._offered.get(key)):
-                if earlier is not None and earlier not in known:
-                    known.append(earlier)
-        return known
+                if earlier is not None:
+                    known.setdefault(work(earlier), earlier)
+        return list(known.values())
 
     def without(
         self,
@@ -207,7 +208,7 @@ class Holdings:
         return frontier_of(
             entry
             for entry in known
-            if entry != contribution
+            if work(entry) != work(contribution)
             and entry.tensors_digest in held
             and work(entry) not in shunned
             and not supersedes(entry, contribution)

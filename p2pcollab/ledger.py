@@ -66,13 +66,15 @@ class Contribution:
         return self.shard, self.device
 
     @property
-    def version(self) -> tuple[int, int, str, bytes]:
+    def version(self) -> tuple[int, int, str, int, bytes]:
         """Total order of the contributions of one device to one shard; the greatest is the newest.
 
-        The digest and the signature decide only between contributions of a device that equivocates: the
+        The number of those that it distrusts decides where a device has signed one again to name more. The
+        digest and the signature decide only between contributions of a device that equivocates: the
         ledgers then still converge.
         """
-        return self.generation, sum(count for _, count in self.seen), self.tensors_digest, self.signature
+        samples = sum(count for _, count in self.seen)
+        return self.generation, samples, self.tensors_digest, len(self.distrusts), self.signature
 
     def newer_than(self, other: Contribution) -> bool:
         """Whether it takes the other's place; both are of one device and shard."""
@@ -83,7 +85,7 @@ class Contribution:
     @property
     def mark(self) -> Mark:
         """What a summary tells of it."""
-        generation, samples, digest, signature = self.version
+        generation, samples, digest, _, signature = self.version
         data = struct.pack(">QQ", generation, samples) + digest.encode() + signature
         return generation, hashlib.sha256(data).digest()[:MARK_BYTES]
 

@@ -21,6 +21,7 @@ moved on since, and devices with few examples, or of few classes, refuse more of
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections import Counter, OrderedDict
 from collections.abc import Iterable, Sequence
@@ -33,7 +34,7 @@ from .run import STEM, DeviceId, ShardId
 
 Work = tuple[DeviceId, str]
 """What a device has made: its author, and the digest of its tensors, which somebody else may repeat."""
-_Lately = OrderedDict[tuple[DeviceId, str], Counter[ShardId]]
+_Lately = OrderedDict[tuple[DeviceId, str, int], Counter[ShardId]]
 
 #: Gross contributions for which a device is distrusted. After one, chance or a broken disk may be to blame.
 GROSS_MAX: Final = 2
@@ -42,16 +43,25 @@ GROSS_MAX: Final = 2
 SUSPECT_MIN: Final = 2
 SUSPECT_CHANCE: Final = 0.06
 #: Part of honest work that a judge refuses at least, for that estimate: what it has seen is little.
-SUSPECT_BASE: Final = 0.1
+SUSPECT_BASE: Final = 0.05
+#: The same for branches in this first part of their budget, where the learning rate is high. With 0.1 for
+#: all, one of ten honest devices was outvoted in each of 3 runs on the digits: many of their branches were
+#: refused early, and hardly any after 0.4 of the budget.
+SUSPECT_BASE_EARLY: Final = 0.2
+SUSPECT_EARLY: Final = 0.35
 #: A refused stem counts as so many contributions: it is tried with the head that it brings, so that nothing
 #: has moved on under it, and hardly any honest one is refused (none in 530 trials of 60 stems).
 STEM_WEIGHT: Final = 2
 #: One in so many of the others, those whose work was refused most, is left out of that estimate: or two liars
 #: would vouch for each other.
 LEFT_OUT_PART: Final = 4
-#: Pairs of a device and a state of the stem of which it is remembered how often each shard was tried: a few
-#: for each device, because contributions on one state of the stem come within a lease or two.
+#: Leases of which it is remembered how often each shard was tried: a few for each device, because what a
+#: lease has made is tried within a lease or two.
 LATELY_MAX: Final = 4 * DEVICES_MAX
+#: What is heard of a device within so many seconds may be of one lease: its contributions travel together.
+#: Longer: a lie that follows soon is taken for the same one. Shorter: a bundle that comes in two messages may
+#: be taken for two leases.
+TOGETHER_S: Final = 0.25
 #: Below this chance a device is doubted. Nearer to 1: one refusal in a long run has everything fetched that
 #: its maker makes afterwards. Nearer to 0: a liar is known only to those who happen to need two of its lies.
 DOUBT_CHANCE: Final = 0.5
@@ -97,9 +107,15 @@ class Opinions:
         #: devices.
         self._tried: Counter[DeviceId] = Counter()
         self._refused: Counter[DeviceId] = Counter()
+        #: Of the tried ones, those early in a branch's training.
+        self._early: Counter[DeviceId] = Counter()
         #: How often each shard was tried, and refused, of a device's work on one state of the stem.
         self._tried_on: _Lately = OrderedDict()
         self._refused_on: _Lately = OrderedDict()
+        #: When contributions came, oldest first, at most `OPINIONS_MAX`: a number for each device and moment.
+        self._came: OrderedDict[Work, int] = OrderedDict()
+        #: Of each device, when the last of these moments began, and its number.
+        self._last_came: dict[DeviceId, tuple[float, int]] = {}
         self._suspected: set[DeviceId] = set()
         self._doubted: set[DeviceId] = set()
         self._distrusted: dict[DeviceId, str] = {}
@@ -130,17 +146,34 @@ class Opinions:
         """Why a device is distrusted, if it is."""
         return self._distrusted.get(device)
 
+    def heard(self, contribution: Contribution, now: float) -> None:
+        """A contribution has come: what comes of a device later is of another lease."""
+        made, device = work(contribution), contribution.device
+        if made in self._came:
+            return
+        since, number = self._last_came.get(device, (-math.inf, 0))
+        if now - since > TOGETHER_S:
+            since, number = now, number + 1
+            if device not in self._last_came and len(self._last_came) >= DEVICES_MAX:
+                return
+            self._last_came[device] = since, number
+        self._came[made] = number
+        if len(self._came) > OPINIONS_MAX:
+            self._came.popitem(last=False)
+
     def judge(
         self,
         contribution: Contribution,
         verdict: Verdict | None,
         *,
+        progress: float = 1.0,
         fair: bool = True,
         at_home: bool = False,
     ) -> bool:
         """A contribution was tried; whether its device is distrusted from now on, and was not before.
 
         Args:
+            progress: the part of its shard's budget that it has seen.
             fair: whether this device can tell a lie from honest work on data that are unlike its own. If it
                 cannot, it does not build on what it refuses, and holds that against nobody.
             at_home: whether the run is so small that two votes outvote a device: then nobody is suspected.
@@ -152,7 +185,8 @@ class Opinions:
         device = contribution.device
         if not fair and (verdict is None or not verdict.malformed):
             return False
-        self._tally(contribution, refused=verdict is not None, at_home=at_home)
+        early = contribution.shard != STEM and progress < SUSPECT_EARLY
+        self._tally(contribution, refused=verdict is not None, early=early, at_home=at_home)
         self._gross[device] += verdict is not None and verdict.gross
         if verdict is None or device in self._distrusted:
             return False
@@ -161,7 +195,7 @@ class Opinions:
             self._distrusted[device] = f"{gross} of its contributions were far worse than what was there"
         return device in self._distrusted
 
-    def _tally(self, contribution: Contribution, *, refused: bool, at_home: bool) -> None:
+    def _tally(self, contribution: Contribution, *, refused: bool, early: bool, at_home: bool) -> None:
         """Count leases, not contributions: one that went wrong, as honest ones do at a high learning rate,
         spoils all branches of its bundle.
         """
@@ -169,13 +203,16 @@ class Opinions:
         if device not in self._tried and len(self._tried) >= DEVICES_MAX:
             return
         weight = STEM_WEIGHT if refused and contribution.shard == STEM else 1
-        self._tried[device] += weight * _is_another_lease(self._tried_on, contribution)
+        came = self._came.get(work(contribution), 0)
+        tried = weight * _is_another_lease(self._tried_on, contribution, came)
+        self._tried[device] += tried
+        self._early[device] += tried * early
         if refused:
-            self._refused[device] += weight * _is_another_lease(self._refused_on, contribution)
+            self._refused[device] += weight * _is_another_lease(self._refused_on, contribution, came)
         counts = self._counts(device)
-        if refused and not at_home and stands_out(*counts):
+        if refused and not at_home and stands_out(*counts, early=self._early[device]):
             self._suspected.add(device)
-        if self._refused[device] and chance_of(*counts) < DOUBT_CHANCE:
+        if self._refused[device] and chance_of(*counts, early=self._early[device]) < DOUBT_CHANCE:
             self._doubted.add(device)
         else:
             self._doubted.discard(device)
@@ -213,7 +250,8 @@ class Opinions:
             "distrusted": [[device, reason] for device, reason in sorted(self._distrusted.items())],
             "suspected": sorted(self._suspected),
             "tried": [
-                [device, self._refused[device], tried] for device, tried in sorted(self._tried.items())
+                [device, self._refused[device], tried, self._early[device]]
+                for device, tried in sorted(self._tried.items())
             ],
         }
 
@@ -232,17 +270,20 @@ class Opinions:
         )
         for row in _list(fields.get("tried"))[:DEVICES_MAX]:
             match row:
-                case [str(device), int(refused), int(tried)] if 0 <= refused <= tried and tried > 0:
+                case [str(device), int(refused), int(tried), int(early)] if (
+                    0 <= refused <= tried and 0 <= early <= tried and tried > 0
+                ):
                     self._tried[DeviceId(device)] = tried
                     self._refused[DeviceId(device)] = refused
+                    self._early[DeviceId(device)] = early
 
 
-def _is_another_lease(lately: _Lately, contribution: Contribution) -> bool:
+def _is_another_lease(lately: _Lately, contribution: Contribution, came: int) -> bool:
     """Whether a contribution is certainly of another lease than those of its device before it.
 
-    A lease trains each shard once, and on one state of the stem.
+    A lease trains each shard once, and on one state of the stem; and what it has made comes at one moment.
     """
-    key = contribution.device, contribution.stem_digest
+    key = contribution.device, contribution.stem_digest, came
     counts = lately.setdefault(key, Counter())
     most = max(counts.values(), default=0)
     counts[contribution.shard] += 1
@@ -264,28 +305,46 @@ def _list(kept: object) -> list[Any]:
     return kept if isinstance(kept, list) else []
 
 
-def chance_of(refused: int, tried: int, others_refused: int, others_tried: int) -> float:
+def chance_of(refused: int, tried: int, others_refused: int, others_tried: int, *, early: int = 0) -> float:
     """How likely so much of a device's work, or more, is refused by chance.
 
     As often as of the others' work, and the less is known of that, the nearer to a half (Laplace's rule).
+
+    Args:
+        early: of those that were tried, the ones early in a branch's training.
     """
-    base = max(SUSPECT_BASE, (others_refused + 1) / (others_tried + 2))
-    # In logarithms: the binomial coefficients of a long run are no floats any more.
+    base = (others_refused + 1) / (others_tried + 2)
+    soon = _binomial(early, max(SUSPECT_BASE_EARLY, base))
+    later = _binomial(tried - early, max(SUSPECT_BASE, base))
+    at_least = [*itertools.accumulate(reversed(later))][::-1]
     return sum(
+        one * at_least[max(0, refused - count)]
+        for count, one in enumerate(soon)
+        if refused - count < len(at_least)
+    )
+
+
+def _binomial(tried: int, part: float) -> list[float]:
+    """How likely 0, 1, ... of so many are refused."""
+    # In logarithms: the binomial coefficients of a long run are no floats any more.
+    return [
         math.exp(
             math.lgamma(tried + 1)
             - math.lgamma(count + 1)
             - math.lgamma(tried - count + 1)
-            + count * math.log(base)
-            + (tried - count) * math.log1p(-base)
+            + count * math.log(part)
+            + (tried - count) * math.log1p(-part)
         )
-        for count in range(refused, tried + 1)
-    )
+        for count in range(tried + 1)
+    ]
 
 
-def stands_out(refused: int, tried: int, others_refused: int, others_tried: int) -> bool:
+def stands_out(refused: int, tried: int, others_refused: int, others_tried: int, *, early: int = 0) -> bool:
     """Whether a judge refuses so much of one device's work that chance does not explain it."""
-    return refused >= SUSPECT_MIN and chance_of(refused, tried, others_refused, others_tried) < SUSPECT_CHANCE
+    return (
+        refused >= SUSPECT_MIN
+        and chance_of(refused, tried, others_refused, others_tried, early=early) < SUSPECT_CHANCE
+    )
 
 
 def can_tell(own_counts: Sequence[int], their_counts: Sequence[int]) -> bool:

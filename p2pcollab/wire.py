@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sized
+from dataclasses import replace
 from typing import Annotated, Any, ClassVar, Final, TypeVar
 
 import msgpack
@@ -171,6 +172,12 @@ def sign_contribution(
     fields = _travelling(unsigned)
     fields["signature"] = identity.sign(contribution_payload(unsigned))
     return Contribution(**fields)
+
+
+def sign_again(identity: Identity, contribution: Contribution, distrusts: Iterable[DeviceId]) -> Contribution:
+    """A contribution of this device, naming more devices as liars."""
+    unsigned = replace(contribution, distrusts=accused({*contribution.distrusts, *distrusts}))
+    return replace(unsigned, signature=identity.sign(contribution_payload(unsigned)))
 
 
 def verify_contribution(contribution: Contribution) -> None:

@@ -513,6 +513,17 @@ class Device:
             self.coordinator.judged(entry, verdict)
         if not verdicts or any(verdict is None or not verdict.malformed for verdict in verdicts):
             self.disk.put_shard(digest)
+        self.vote()
+
+    def vote(self) -> None:
+        """Tell the others whom this device accuses since its last contribution."""
+        unvoiced = self.coordinator.unvoiced
+        if unvoiced is None:
+            return
+        again = self.simulation.training.sign_again(self, unvoiced)
+        self.receive([again])
+        for device in self.coordinator.hints(self.simulation.now):
+            self.send(device, "push", ([again], None))
 
     def look_again(self) -> None:
         """The tensors that a lease waits for may be complete."""

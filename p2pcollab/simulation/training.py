@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Protocol
 
 from ..coordinator import JobPlan
@@ -31,6 +32,9 @@ class Training(Protocol):
 
     def check(self, device: Device, trial: Trial) -> Verdict | None:
         """What is wrong with tensors that a device was given; None: nothing."""
+
+    def sign_again(self, device: Device, contribution: Contribution) -> Contribution:
+        """A device's contribution, naming all whom it accuses now."""
 
     def discard(self, device: Device, plan: JobPlan, fraction: float) -> None:
         """A lease was stopped after this fraction of it, and came to nothing."""
@@ -78,6 +82,10 @@ class PretendedTraining:
         """See `Training`: digests of nothing are not looked at."""
         del device, trial
         return None
+
+    def sign_again(self, device: Device, contribution: Contribution) -> Contribution:
+        """See `Training`."""
+        return replace(contribution, distrusts=device.coordinator.accused)
 
     def discard(self, device: Device, plan: JobPlan, fraction: float) -> None:
         """See `Training`."""

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import random
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -18,11 +20,14 @@ from p2pcollab.daemon.renewal import Renewal
 from p2pcollab.daemon.session import Counters, Session
 from p2pcollab.daemon.status import refused
 from p2pcollab.daemon.store import RunStore, Store
+from p2pcollab.holdings import Want
 from p2pcollab.keys import Identity, RunKeys
 from p2pcollab.ledger import Contribution
 from p2pcollab.models import default_model
+from p2pcollab.plans import Trial
 from p2pcollab.run import InputSpec, RunSpec, Schedule, ShardId, TaskSpec
-from p2pcollab.wire import encode_contribution, sign_contribution
+from p2pcollab.trust import GROSS_MAX, Verdict
+from p2pcollab.wire import decode_contribution, encode_contribution, sign_contribution
 
 SPEC = RunSpec(
     name="pets",
@@ -155,6 +160,37 @@ def test_two_stories_that_come_in_one_message_are_passed_on(device: Device, newe
     device.take(contribution(EVE), contribution(EVE, tensors_digest="ab" * 32))
     assert device.session.coordinator.distrusts(EVE.device)
     assert len(device.gossip._news) == 1
+
+
+def test_an_accusation_is_told_without_waiting_for_a_lease(
+    device: Device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = contribution(ME)
+    lies = [
+        contribution(EVE, shard=shard, tensors_digest=hashlib.sha256(shard.encode()).hexdigest())
+        for shard in SPEC.shards[1:]
+    ]
+    device.gossip.enter([own])
+    device.take(*lies)
+
+    async def download(_want: Want) -> bytes:
+        return b"lies"
+
+    async def check(trials: list[Trial], _read: object) -> SimpleNamespace:
+        found = [Verdict(reason="not finite", gross=True, malformed=True) for _ in trials]
+        return SimpleNamespace(macs=0, found=found)
+
+    monkeypatch.setattr(device.gossip, "_download", download)
+    monkeypatch.setattr(device.session, "trainer", SimpleNamespace(check=check))
+    assert len(lies) == GROSS_MAX
+    for lie in lies:
+        want = Want(digest=lie.tensors_digest, size=4, shard=lie.shard, holders=(EVE.device,), needed=True)
+        assert not asyncio.run(device.gossip.fetch_one(want))
+    now = device.session.coordinator.ledger.get(T0, ME.device)
+    assert now is not None and now.distrusts == (EVE.device,)
+    assert replace(now, distrusts=(), signature=own.signature) == own
+    assert decode_contribution(encode_contribution(now), SPEC.run_id) == now
+    assert encode_contribution(now) in device.run.load_contributions()
 
 
 def test_damaged_proofs_accuse_nobody(device: Device) -> None:

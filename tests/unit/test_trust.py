@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import random
 from dataclasses import replace
 
@@ -15,7 +16,17 @@ from p2pcollab.coordinator import Advert, Coordinator, CoordinatorSettings
 from p2pcollab.ledger import Contribution, Ledger
 from p2pcollab.models import default_model
 from p2pcollab.run import STEM, InputSpec, RunSpec, Schedule, ShardId, TaskSpec
-from p2pcollab.trust import GROSS_MAX, SUSPECT_BASE, SUSPECT_MIN, Opinions, Verdict, outvoted, stands_out
+from p2pcollab.trust import (
+    GROSS_MAX,
+    SUSPECT_BASE,
+    SUSPECT_BASE_EARLY,
+    SUSPECT_MIN,
+    Opinions,
+    Verdict,
+    chance_of,
+    outvoted,
+    stands_out,
+)
 
 REFUSED = Verdict(reason="worse", gross=False)
 GROSS = Verdict(reason="far worse", gross=True)
@@ -66,6 +77,49 @@ def test_refused_branches_of_one_lease_count_once() -> None:
     assert mine.accused == frozenset()
     mine.judge(made(5, 8, shard="t4", stem_digest="one"), REFUSED)
     assert mine.accused == {device(5)}, "a shard is trained once in a lease"
+
+
+def test_leases_are_told_apart_by_when_their_work_comes_though_the_stem_is_the_same() -> None:
+    """After the last lease on the stem all work names one state of it."""
+    mine = Opinions()
+    for author in range(1, 5):
+        for count in range(1, 4):
+            mine.judge(made(author, count, stem_digest=f"{author}/{count}"), None)
+    bundle = [made(5, count, shard=ShardId(f"t{count}"), stem_digest="last") for count in range(1, 5)]
+    for entry in bundle:
+        mine.heard(entry, 10.0)
+    for entry in bundle:
+        mine.judge(entry, REFUSED)
+    assert mine.accused == frozenset(), "what comes together may be of one lease"
+    again = made(5, 9, shard=ShardId("t9"), stem_digest="last")
+    mine.heard(again, 12.0)
+    mine.judge(again, REFUSED)
+    assert mine.accused == {device(5)}
+
+
+@given(
+    st.lists(st.tuples(st.integers(1, 3), st.integers(0, 6), st.booleans()), max_size=40),
+    st.lists(st.floats(0, 100, allow_nan=False), min_size=40, max_size=40),
+)
+def test_nobody_is_suspected_for_what_came_at_one_moment(
+    entries: list[tuple[int, int, bool]], moments: list[float]
+) -> None:
+    """Whatever is refused of it, and in whichever order it is tried: a bundle is one lease.
+
+    And hearing of the same work again, at another moment, makes no second one of it.
+    """
+    mine = Opinions()
+    bundle = {
+        (author, shard): made(author, shard + 1, shard=ShardId(f"t{shard}"), stem_digest="last")
+        for author, shard, _ in entries
+    }
+    for entry in bundle.values():
+        mine.heard(entry, 5.0)
+    for moment, entry in zip(moments, bundle.values(), strict=False):
+        mine.heard(entry, moment)
+    for author, shard, refused in entries:
+        mine.judge(bundle[author, shard], REFUSED if refused else None)
+    assert mine.accused == frozenset()
 
 
 def test_where_two_votes_outvote_only_gross_work_gives_one() -> None:
@@ -209,6 +263,39 @@ def test_opinions_outlive_a_restart_and_damage_in_them_harms_nobody() -> None:
 def test_a_very_long_run_overflows_nothing() -> None:
     assert stands_out(3000, 5000, 10, 10_000)
     assert not stands_out(300, 5000, 1000, 10_000)
+    assert stands_out(3000, 5000, 10, 10_000, early=2000)
+    assert not stands_out(300, 5000, 10, 10_000, early=2000)
+
+
+@given(st.integers(0, 12), st.integers(0, 12), st.integers(0, 12), st.integers(0, 50), st.integers(0, 50))
+def test_what_is_early_in_a_branchs_training_may_go_wrong_more_often(
+    early: int, late: int, refused: int, others: int, others_refused: int
+) -> None:
+    others_refused, refused = min(others, others_refused), min(refused, early + late)
+    base = (others_refused + 1) / (others + 2)
+
+    def exactly(count: int, tried: int, least: float) -> float:
+        part = max(least, base)
+        return math.comb(tried, count) * part**count * (1 - part) ** (tried - count)
+
+    expected = sum(
+        exactly(soon, early, SUSPECT_BASE_EARLY) * exactly(later, late, SUSPECT_BASE)
+        for soon in range(early + 1)
+        for later in range(late + 1)
+        if soon + later >= refused
+    )
+    assert chance_of(refused, early + late, others_refused, others, early=early) == pytest.approx(expected)
+
+
+def test_two_bad_leases_early_make_nobody_suspected_and_two_later_ones_do() -> None:
+    for progress, accused in ((0.2, frozenset()), (0.5, frozenset({device(4)}))):
+        mine = Opinions()
+        for author in (1, 2, 3):
+            for count in range(1, 8):
+                mine.judge(made(author, count), None, progress=progress)
+        for count, verdict in enumerate((None, None, REFUSED, REFUSED), start=1):
+            mine.judge(made(4, count), verdict, progress=progress)
+        assert mine.accused == accused
 
 
 # What all conclude
@@ -264,6 +351,40 @@ def test_what_is_refused_is_assembled_and_is_not_built_on() -> None:
     assert one.believed.samples(T0) == 20
     later = replace(successor((bad,), 3), run_id=SPEC.run_id, tensors_digest="later")
     assert one.trial(later, held, 0.0).reference == (good,)
+
+
+def test_an_accusation_needs_no_other_lease() -> None:
+    """At the end of a run there is none: then the last lie would stay."""
+    one, other = coordinator(1), coordinator(9)
+    first, second = made(1, 1), made(1, 2, shard=ShardId("t1"))
+    lies = [made(8, count) for count in (1, 2, 3)]
+    one.receive([first, second], 0.0)
+    one.receive([*voters(range(2, 5), liar=7), lies[-1]], 0.0)
+    assert one.unvoiced is None
+    for lie in lies:
+        one.judged(lie, GROSS)
+    assert one.unvoiced == second, "the newest"
+    again = replace(second, distrusts=one.accused)
+    one.receive([again], 1.0)
+    assert one.unvoiced is None
+    other.receive([second, lies[-1]], 0.0)
+    other.receive([again], 1.0)
+    assert other.ledger.get(again.shard, device(1)) == again and other.proofs == ()
+    other.receive([second], 2.0)
+    assert other.ledger.get(again.shard, device(1)) == again
+
+
+def test_work_that_was_signed_again_is_not_what_it_is_compared_with() -> None:
+    """Or it would be as good as itself."""
+    one = coordinator(9)
+    before, lie = made(1, 1), made(1, 2)
+    one.receive([before], 0.0)
+    one.receive([lie], 1.0)
+    one.judged(lie, None)
+    again = replace(lie, distrusts=(device(5),))
+    one.receive([again], 2.0)
+    held = {before.tensors_digest, lie.tensors_digest}
+    assert one.trial(again, held, 2.0).reference == one.trial(lie, held, 2.0).reference == (before,)
 
 
 def test_what_a_distrusted_device_makes_counts_until_it_is_outvoted_but_is_not_built_on() -> None:

@@ -18,9 +18,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from p2pcollab import limits
+from p2pcollab.claims import equivocation
 from p2pcollab.errors import PeerError, UsageError
 from p2pcollab.keys import Identity
-from p2pcollab.ledger import Contribution, Ledger
+from p2pcollab.ledger import Contribution, Ledger, states_digest
 from p2pcollab.run import STEM, DeviceId, RunId, ShardId
 from p2pcollab.wire import (
     Download,
@@ -42,6 +43,7 @@ from p2pcollab.wire import (
     decode_reply,
     encode_contribution,
     first_page,
+    sign_again,
     sign_contribution,
     verify_contribution,
 )
@@ -130,6 +132,17 @@ def test_no_field_of_a_contribution_can_be_altered(name: str) -> None:
     }
     data = encode_contribution(replace(contribution(), **{name: changed[name]}))
     refused(PeerError, lambda: decode_contribution(data, RUN))
+
+
+def test_a_contribution_that_was_signed_again_names_more_and_takes_the_place_of_the_first() -> None:
+    fields = {name: getattr(contribution(), name) for name in _SIGNED}
+    one = sign_contribution(ALICE, **fields, distrusts=[EVE.device])
+    again = sign_again(ALICE, one, [BOB.device])
+    assert again.distrusts == tuple(sorted((BOB.device, EVE.device)))
+    assert decode_contribution(encode_contribution(again), RUN) == again
+    assert again.newer_than(one) and not one.newer_than(again)
+    assert states_digest((one,)) == states_digest((again,))
+    assert not equivocation(one, again)
 
 
 def test_devices_that_a_contribution_distrusts_travel_in_order_and_few() -> None:
