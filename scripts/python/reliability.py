@@ -27,6 +27,12 @@ def _simulated(found: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
+def _lied(found: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """What each rehearsal with liars ended at, and what was refused in it."""
+    wanted = ("attack", "defended", "absent", "seed", "accuracy", "honest", "lying")
+    return [{key: row.get(key) for key in wanted} for row in found["rows"]]
+
+
 def collected() -> dict[str, Any]:
     """Everything; JSON values."""
     takeovers, sigkills, strangers = _read("takeover"), _read("sigkills"), _read("strangers")
@@ -52,15 +58,12 @@ def collected() -> dict[str, Any]:
         "strangers": {
             "tries": sum(attack["tries"] for attack in strangers["attacks"]),
             "accepted_writes": sum(attack["accepted_writes"] for attack in strangers["attacks"]),
-            "complete": strangers["complete"],
+            "faults": len(strangers["faults"]),
+            "recorded_bytes": strangers["capture"]["bytes"],
+            "bytes_in_clear": strangers["capture"]["bytes_in_clear"],
         },
-        "liars": [
-            {
-                key: row.get(key)
-                for key in ("attack", "defended", "absent", "seed", "accuracy", "honest", "lying")
-            }
-            for row in _read("liars")["rows"]
-        ],
+        "liars": _lied(_read("liars")),
+        "liars_in_short_runs": _lied(_read("liars-short")),
         "fuzz": {key: value for key, value in fuzz.items() if not isinstance(value, dict | list)},
     }
 

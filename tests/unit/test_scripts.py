@@ -1,30 +1,18 @@
-"""The scripts that are run by hand: what they import from the package is there.
-
-Two of them could not be started for days, because names had moved.
-"""
+"""The scripts that are run by hand. What they call is there: scripts/test checks their types."""
 
 from __future__ import annotations
 
-import ast
-import importlib
+import json
+import subprocess
+import sys
 from pathlib import Path
 
-import pytest
-
-SCRIPTS = Path(__file__).parents[2] / "scripts" / "python"
-FILES = sorted(SCRIPTS.rglob("*.py"))
+ROOT = Path(__file__).parents[2]
 
 
-def test_there_are_scripts() -> None:
-    assert FILES
-
-
-@pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(SCRIPTS)))
-def test_what_a_script_imports_is_there(file: Path) -> None:
-    for node in ast.walk(ast.parse(file.read_text())):
-        if not isinstance(node, ast.ImportFrom) or not (node.module or "").startswith("p2pcollab"):
-            continue
-        module = importlib.import_module(str(node.module))
-        for alias in node.names:
-            if not hasattr(module, alias.name):
-                importlib.import_module(f"{node.module}.{alias.name}")
+def test_the_collected_figures_are_those_of_the_single_results(tmp_path: Path) -> None:
+    collected = tmp_path / "reliability.json"
+    script = ROOT / "scripts" / "python" / "reliability.py"
+    subprocess.run([sys.executable, str(script), "--json", str(collected)], check=True, cwd=tmp_path)
+    kept = json.loads((ROOT / "docs" / "results" / "reliability.json").read_text())
+    assert json.loads(collected.read_text()) == kept, "run scripts/reliability"
