@@ -531,7 +531,9 @@ class Gossip:
         coordinator = self._session.coordinator
         unvoiced = coordinator.unvoiced
         if unvoiced is not None:
-            self.push_news(self.enter([sign_again(self._session.identity, unvoiced, coordinator.accused)]))
+            again = sign_again(self._session.identity, unvoiced, coordinator.accused)
+            if new := self.enter([again]):
+                self.push_news(new)
 
     def _known_peer(self, device: DeviceId) -> str:
         peer = self.peer_of(device)

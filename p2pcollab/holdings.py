@@ -59,6 +59,9 @@ class ReplicationSettings:
 #: States of the stem that a device remembers, and whose tensors it keeps where it has them: a branch is tried
 #: on the one that it was trained on. A stem is small, and a branch arrives within a few leases.
 STEMS_KEPT: Final = 6
+#: States that are remembered of what others said they hold of one device's work on one shard. One would do if
+#: the newest offer could always be had; another device may have offered more of it than it has by now.
+OFFERS_MAX: Final = 3
 #: How long what a lease starts from is not fetched for want of something to judge it by. A device that has
 #: nothing to compare it with believes what is no worse than guessing.
 REFERENCE_WAIT_S: Final = 2.0
@@ -79,8 +82,8 @@ class Holdings:
         self._replaced: dict[Key, Contribution] = {}
         #: Of each key what came last, or what was the newest held when garbage was last collected.
         self._here: dict[Key, Contribution] = {}
-        #: Of keys whose newest tensors a device did not give, what it said it had instead.
-        self._offered: dict[Key, Contribution] = {}
+        #: Of keys whose newest tensors devices did not give, what they said they had instead, oldest first.
+        self._offered: dict[Key, list[Contribution]] = {}
         self._noticed_at: dict[str, float] = {}
         self._missing_since: dict[str, float] = {}
         #: Since when tensors are asked for only to judge others by.
@@ -98,7 +101,7 @@ class Holdings:
         self._noticed_at[contribution.tensors_digest] = now
         # One that was signed again, to name more liars, is no newer work.
         if replaced is not None and work(replaced) != work(contribution):
-            self._drop_offer(contribution.key)
+            self._drop_offers(contribution.key)
             earlier = self._replaced.get(replaced.key)
             if earlier is not None:
                 self._forget(earlier.tensors_digest)
@@ -112,8 +115,9 @@ class Holdings:
 
     def newest_here(self, ledger: Ledger, key: Key, held: AbstractSet[str]) -> Contribution | None:
         """The newest of a device's contributions to a shard whose tensors are here."""
-        known = (ledger.get(*key), self._replaced.get(key), self._here.get(key), self._offered.get(key))
-        here = [entry for entry in known if entry is not None and entry.tensors_digest in held]
+        newest = ledger.get(*key)
+        known = () if newest is None else (newest, *self._earlier(key))
+        here = [entry for entry in known if entry.tensors_digest in held]
         return max(here, key=lambda entry: entry.version, default=None)
 
     def offer(
@@ -134,26 +138,28 @@ class Holdings:
             return False
         if work(contribution) in {work(entry) for entry in self._known(ledger, contribution.shard)}:
             return False
-        before = self._offered.get(contribution.key)
-        if (
-            before is not None
-            and before.version > contribution.version
-            and (before.tensors_digest in held or not self._lost(before, live, now))
-        ):
-            return False
-        self._drop_offer(contribution.key)
-        self._offered[contribution.key] = contribution
-        return True
+        offers = self._offered.setdefault(contribution.key, [])
+        offers.append(contribution)
+        offers.sort(key=lambda entry: entry.version)
+        if len(offers) > OFFERS_MAX:
+            lost = [
+                entry
+                for entry in offers
+                if entry.tensors_digest not in held and not self._askable(entry.tensors_digest, live, now)
+            ]
+            self.withdraw((lost or offers)[0])
+        return contribution in offers
 
-    def _drop_offer(self, key: Key) -> None:
-        offered = self._offered.pop(key, None)
-        if offered is not None:
-            self._forget(offered.tensors_digest)
+    def _drop_offers(self, key: Key) -> None:
+        for entry in self._offered.pop(key, ()):
+            self._forget(entry.tensors_digest)
 
     def withdraw(self, contribution: Contribution) -> None:
-        """What was offered is malformed."""
-        if self._offered.get(contribution.key) == contribution:
-            self._drop_offer(contribution.key)
+        """What was offered is of no use."""
+        offers = self._offered.get(contribution.key, [])
+        if contribution in offers:
+            offers.remove(contribution)
+            self._forget(contribution.tensors_digest)
 
     def ask_again(self) -> None:
         """Believe no longer that devices lack what they lacked a while ago."""
@@ -171,13 +177,13 @@ class Holdings:
         """A contribution has left the ledger: the one that it had replaced."""
         self._forget(contribution.tensors_digest)
         self._here.pop(contribution.key, None)
-        self._drop_offer(contribution.key)
+        self._drop_offers(contribution.key)
         return self._replaced.pop(contribution.key, None)
 
     def remembered(self) -> tuple[int, int]:
         """Contributions that came before the newest, and the digests about which most is known."""
         since = max(len(self._noticed_at), len(self._missing_since), len(self._sought_since))
-        earlier = len(self._replaced) + len(self._offered)
+        earlier = len(self._replaced) + sum(map(len, self._offered.values()))
         return earlier, max(since, len(self._refused), len(self._ranked), len(self._chosen))
 
     def refuse(self, digest: str, device: DeviceId, now: float) -> None:
@@ -187,11 +193,14 @@ class Holdings:
     def _known(self, ledger: Ledger, shard: ShardId) -> list[Contribution]:
         known = {work(entry): entry for entry in ledger.of_shard(shard)}
         for entry in tuple(known.values()):
-            key = entry.key
-            for earlier in (self._replaced.get(key), self._here.get(key), self._offered.get(key)):
-                if earlier is not None:
-                    known.setdefault(work(earlier), earlier)
+            for earlier in self._earlier(entry.key):
+                known.setdefault(work(earlier), earlier)
         return list(known.values())
+
+    def _earlier(self, key: Key) -> list[Contribution]:
+        """What is known of a device's contributions to a shard besides the newest."""
+        own = (self._replaced.get(key), self._here.get(key))
+        return [*(entry for entry in own if entry is not None), *self._offered.get(key, ())]
 
     def without(
         self,

@@ -24,7 +24,7 @@ from p2pcollab.coordinator import (
     Coordinator,
     CoordinatorSettings,
 )
-from p2pcollab.holdings import REFERENCE_WAIT_S, STEMS_KEPT, ReplicationSettings
+from p2pcollab.holdings import OFFERS_MAX, REFERENCE_WAIT_S, STEMS_KEPT, ReplicationSettings
 from p2pcollab.ledger import Contribution, states_digest
 from p2pcollab.run import STEM, ShardId
 from p2pcollab.trust import Verdict
@@ -393,18 +393,45 @@ def test_what_came_before_lost_tensors_is_heard_from_those_who_have_it() -> None
 
 def test_the_newest_that_can_be_had_is_believed_of_what_devices_offer() -> None:
     one, (first, second, newest) = late_joiner()
-    for author in (1, 2):
-        one.refused(newest.tensors_digest, device(author), 1.0)
-    assert one.offered(first, frozenset(), 1.0)
     assert one.offered(second, frozenset(), 1.0)
-    assert not one.offered(first, frozenset(), 1.0)
+    # Others have less. It counts where nobody gives the newer one, however long ago that was offered.
+    assert one.offered(first, frozenset(), 20.0)
     assert one.assembled_of(T0, {first.tensors_digest, second.tensors_digest}) == (second,)
-    # Nobody gives that one either.
     for author in (1, 2):
-        one.refused(second.tensors_digest, device(author), 1.0)
-    one.harvest(frozenset(), 1.0)
-    assert one.offered(first, frozenset(), 1.0)
+        one.refused(newest.tensors_digest, device(author), 20.0)
+    assert wanted_of(one, 20.0) == {newest.tensors_digest: 0, second.tensors_digest: 2}
+    for author in (1, 2):
+        one.refused(second.tensors_digest, device(author), 20.0)
+    assert wanted_of(one, 20.0) == {newest.tensors_digest: 0, first.tensors_digest: 2}
     assert one.assembled_of(T0, {first.tensors_digest}) == (first,)
+
+
+def wanted_of(one: Coordinator, now: float) -> dict[str, int]:
+    """What an assembly wants, and how many may have it; it was heard lately that the others live."""
+    one.hear([Record(device=device(index), beat=round(now) + 2) for index in (1, 2)], now)
+    return {want.digest: len(want.holders) for want in one.harvest(frozenset(), now)}
+
+
+def test_offers_are_bounded_and_the_useless_ones_go_first() -> None:
+    one = coordinator()
+    one.observe_board([Record(device=device(1))], 0.0)
+    made: list[Contribution] = []
+    for _ in range(OFFERS_MAX + 3):
+        made.append(mine(successor(tuple(made[-1:]), 9)))
+    one.receive(made[-1:], 0.0)
+    *offers, _ = made
+    for entry in offers[: OFFERS_MAX - 1]:
+        assert one.offered(entry, frozenset(), 0.0)
+    gone, late, later = offers[OFFERS_MAX - 1 :]
+    assert one.offered(gone, frozenset(), 0.0)
+    one.refused(gone.tensors_digest, device(1), 0.0)
+    assert one.offered(late, frozenset(), 0.0)
+    assert one.authors(T0, gone.tensors_digest) == (), "nobody has it"
+    assert one.authors(T0, offers[0].tensors_digest) == (device(9),)
+    assert one.offered(later, frozenset(), 0.0)
+    assert one.authors(T0, offers[0].tensors_digest) == (), "the oldest"
+    assert not one.offered(offers[0], frozenset(), 0.0)
+    assert one.remembered()["replaced"] == OFFERS_MAX
 
 
 def test_only_what_came_before_is_believed_of_what_devices_offer() -> None:
