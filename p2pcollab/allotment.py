@@ -15,9 +15,11 @@ The rules, in the order in which they decide:
    go on side by side: neither begins a lease far ahead of the other.
 4. Of the shards that nobody holds, the one that lags most comes first. One that somebody holds is given to
    others by rule 5 only: the mean of two leases from one start is worth about one of them, and counts as two.
-   Holders that are far slower than the others, or overdue, keep their lease but do not keep others out.
+   Holders that are far slower than the others, or overdue, keep their lease but do not keep others out; nor
+   does, of the stem, one that a much faster device could replace.
 5. No device runs ahead on a shard: one that has given more of the shard's samples than its share of all the
-   work, by over half a lease, looks for another shard, and joins one that is held rather than go on.
+   work, by over half a lease, looks for another shard. It waits for a moment for one that is held, so that two
+   devices whose leases end one after the other change places; then it joins the holder rather than go on.
    Thus each shard is trained on everybody's data in turn, with no barrier.
 
 Whoever is left over waits: its part of the computation is smaller.
@@ -82,6 +84,9 @@ class DeviceView:
     overdue: bool = False
     #: False: observer, leaving or paused; it takes nothing new.
     works: bool = True
+    #: Has not been idle for long: rather than go on with a shard that it is ahead on, or join the holder of
+    #: another one, it waits until that one is free.
+    waits: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -248,6 +253,10 @@ class _Hand:
         }
         if STEM in self.eligible:
             self.eligible[STEM] = self._fast(self.eligible[STEM])
+            if (len(self.holders[STEM]) + 1) * self.lease <= self.need[STEM]:
+                # All branches would wait for one that took it when no faster one was there.
+                self.holders[STEM] &= self.eligible[STEM]
+        self.waiting: set[DeviceId] = set()
         self.place = self._places(spec)
         self.excess = self._excesses()
         self.least_excess = {
@@ -341,7 +350,9 @@ class _Hand:
                 if (len(self.holders[shard]) + 1) * self.lease <= self.need[shard]
                 and self._may(view, shard, ahead=False)
             ]
-            if joinable:
+            if joinable and view.waits:
+                self.waiting.add(view.device)
+            elif joinable:
                 self._assign(
                     min(joinable, key=lambda one: (len(self.holders[one]), self._urgency(one))), view
                 )
@@ -350,6 +361,8 @@ class _Hand:
         """Whether an idle device can take a shard on top of what it has been given."""
         device, given = view.device, self.leases[view.device]
         if device not in self.eligible[shard] or shard in given or given == [STEM]:
+            return False
+        if device in self.waiting:
             return False
         if len(given) >= (1 if shard == STEM else self.slots[device]):
             return False

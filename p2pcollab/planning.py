@@ -162,6 +162,7 @@ def _schedule(family: Family, epochs: float | None, expected: int) -> Schedule:
         # Linear scaling: half the batch, twice the steps, half the length of each.
         peak_lr=hints.peak_lr * batch / hints.batch_size,
         weight_decay=hints.weight_decay,
+        stem_seal_fraction=hints.seal,
         negatives=hints.negatives,
     )
 

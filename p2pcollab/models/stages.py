@@ -58,6 +58,8 @@ class TrainingHints:
     epochs: int
     #: Fraction of the other classes' examples that a branch trains on in each pass.
     negatives: float = 1.0
+    #: Fraction of the budget at which the stem is sealed.
+    seal: float = 0.7
 
 
 def _vgg(*stages: int | str) -> tuple[Stage, ...]:

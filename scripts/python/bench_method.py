@@ -56,6 +56,14 @@ def parse() -> argparse.Namespace:
         help="a field of the run spec's model or schedule (branch_squeeze=0: none), classes_per_task, "
         "branches_per_class or lease_batches",
     )
+    parser.add_argument(
+        "--set-dense",
+        action="append",
+        default=[],
+        metavar="FIELD=NUMBER",
+        dest="dense_settings",
+        help="the same for the dense network (A) alone, as peak_lr=0.01: it is to be trained as well as it can be",
+    )
     parser.add_argument("--groups", type=Path, help="the tasks' classes, as `p2pcollab new --groups`")
     parser.add_argument("--name", default="default", help="name of these settings in the tables")
     parser.add_argument("--threads", type=int, default=1)
@@ -73,11 +81,13 @@ def parse() -> argparse.Namespace:
 def main() -> int:
     options = parse()
     settings = dict(_setting(text) for text in options.settings)
+    dense_settings = dict(_setting(text) for text in options.dense_settings)
     source = options.data or options.dataset
     probe = Configuration(
         dataset=options.dataset, source=source, root=options.data_root, model=options.model,
         name=options.name, epochs=options.epochs, limit=options.limit, speeds=(),
         partition=options.partition, groups=options.groups, settings=settings,
+        dense_settings=dense_settings,
     )  # fmt: skip
     equal = (1.0,) * (options.devices or len(probe.spec(0).tasks) + 1)
     configuration = replace(probe, speeds=options.speeds or equal)

@@ -274,6 +274,32 @@ def test_device_ahead_of_its_share_joins_another_shard_rather_than_go_on() -> No
     assert allot(spec, [idle, holder], shards)[device(0)] == (t1,)
 
 
+def test_device_that_may_wait_changes_places_with_the_next_one_whose_lease_ends() -> None:
+    spec = small_spec(2, budget=10_000, lease=500)
+    t0, t1 = spec.shards[1:]
+    shards = [
+        ShardView(shard=STEM, samples=spec.budget(STEM)),
+        ShardView(shard=t0, samples=2000, visits={device(0): 2000}),
+        ShardView(shard=t1, samples=2000, visits={device(1): 2000}),
+    ]
+    holder = DeviceView(device=device(1), speed=1.0, class_counts=(9, 9), leases=(t1,))
+    idle = DeviceView(device=device(0), speed=1.0, class_counts=(9, 9), waits=True)
+    assert allot(spec, [idle, holder], shards)[device(0)] == ()
+    assert allot(spec, [idle, replace(holder, leases=())], shards) == {device(0): (t1,), device(1): (t0,)}
+    # Nobody has anything that would be worth the wait.
+    assert allot(spec, [idle], shards)[device(0)]
+
+
+def test_much_faster_device_does_not_wait_for_who_took_the_stem_first() -> None:
+    begun = [ShardView(shard=shard, samples=0) for shard in SPEC.shards]
+    crowd = [view(index) for index in range(2, 6)]
+    slow = view(1, leases=(STEM,))
+    assert allot(SPEC, [view(0, speed=1 / STEM_SPEED + 0.1), slow, *crowd], begun)[device(0)] == (STEM,)
+    assert STEM not in allot(SPEC, [view(0, speed=1 / STEM_SPEED - 0.1), slow, *crowd], begun)[device(0)]
+    nearly = [ShardView(shard=STEM, samples=SPEC.budget(STEM) - 600), *begun[1:]]
+    assert STEM not in allot(SPEC, [view(0, speed=3.9), slow, *crowd], nearly)[device(0)]
+
+
 @pytest.mark.parametrize("reason", [{"speed": 0.05}, {"overdue": True}])
 def test_slow_or_stuck_holder_keeps_nobody_out(reason: dict[str, object]) -> None:
     sealed = [ShardView(shard=shard, samples=SPEC.budget(STEM)) for shard in SPEC.shards]

@@ -24,6 +24,8 @@ from ledger_examples import T0, contribution, device, successor
 
 from p2pcollab.coordinator import (
     HOPELESS,
+    STEM_LEASE_MAX,
+    WAIT_LEASES,
     Advert,
 )
 from p2pcollab.ledger import states_digest
@@ -267,6 +269,51 @@ def test_lease_that_takes_far_too_long_is_trained_by_others() -> None:
             break
     assert claimed_at is not None
     assert OVERDUE_FACTOR * 10.0 <= claimed_at - 11 <= OVERDUE_FACTOR * 10.0 + 2
+
+
+def test_lease_on_the_stem_is_given_longer_by_who_has_trained_branches_only() -> None:
+    one = coordinator(advert=Advert(speed=1.0, class_counts=(10,) * 4, tasks=frozenset({T0})))
+    holder = Record(device=device(1), state="training", leases=("stem",), lease_sequence=1)
+    one.observe_board([holder], 0.0)
+    claim = one.decide(0.0)
+    assert claim is not None and claim.shards == (T0,)
+    one.confirm(0.0)
+    start(one, set(), 0.0)
+    one.finished(10.0)
+    one.advert = replace(one.advert, tasks=frozenset())
+    claimed_at = None
+    for now in range(11, 600):
+        one.observe_board([replace(holder, beat=1 + now)], float(now))
+        if one.decide(float(now)) is not None:
+            claimed_at = now
+            break
+    assert claimed_at is not None
+    assert 0 <= claimed_at - STEM_LEASE_MAX * OVERDUE_FACTOR * 10.0 <= 2
+
+
+def test_device_waits_for_a_part_of_a_lease_until_another_branch_is_free() -> None:
+    one = coordinator(advert=Advert(speed=1.0, class_counts=(10,) * 4, tasks=frozenset({T0, T1})))
+    holder = Record(device=device(1), state="training", leases=(T1,), lease_sequence=1)
+    sealed = mine(contribution(9, {9: SPEC.budget(STEM)}, shard=STEM))
+    one.receive([sealed, mine(contribution(1, {1: 200}, shard=T1))], 0.0)
+    one.observe_board([holder], 0.0)
+    claim = one.decide(0.0)
+    assert claim is not None and claim.shards == (T0,)
+    one.confirm(0.0)
+    start(one, digests(one), 0.0)
+    one.receive([mine(contribution(0, {0: 200}, shard=T0))], 40.0)
+    one.finished(40.0)
+    claimed_at = None
+    for tenths in range(400, 700):
+        now = tenths / 10
+        one.observe_board([replace(holder, beat=1 + tenths)], now)
+        claim = one.decide(now)
+        if claim is not None:
+            claimed_at = now
+            break
+    assert claim is not None and claimed_at is not None
+    assert T1 in claim.shards, "it joins the holder"
+    assert claimed_at - 40.0 == pytest.approx(WAIT_LEASES * 40.0, abs=0.2)
 
 
 def test_device_that_has_had_no_lease_does_not_wait_for_ever_for_one_that_is_stuck() -> None:

@@ -55,7 +55,7 @@ def run_column(
         model_file: where the assembled model goes, for what one may ask of it later.
     """
     torch.set_num_threads(threads)
-    spec = configuration.spec(seed)
+    spec = configuration.spec(seed, column)
     started = time.monotonic()
     if column == "D":
         result = _assembled(configuration, spec, seed, threads, on_progress, model_file)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -36,10 +36,12 @@ class Configuration:
     groups: Path | None
     #: Fields of the run spec's model, schedule or tasks that differ from the defaults.
     settings: Mapping[str, float]
+    #: The same for the dense network alone: what suits the branches need not suit it.
+    dense_settings: Mapping[str, float] = field(default_factory=dict)
 
-    def spec(self, seed: int) -> RunSpec:
+    def spec(self, seed: int, column: str = "D") -> RunSpec:
         """The run spec: that of `p2pcollab new` with these options, but for the settings."""
-        settings = dict(self.settings)
+        settings = {**self.settings, **(self.dense_settings if column == "A" else {})}
         per_task = settings.pop("classes_per_task", None)
         lease_batches = settings.pop("lease_batches", None)
         branches_per_class = int(settings.pop("branches_per_class", 1))
@@ -56,7 +58,8 @@ class Configuration:
         )
         spec = plan_run(f"{self.dataset} {self.model}", info, options)
         if lease_batches is not None:
-            settings["lease_samples"] = lease_batches * spec.schedule.batch_size
+            batch = settings.get("batch_size", spec.schedule.batch_size)
+            settings["lease_samples"] = lease_batches * batch
         model, schedule = spec.model, spec.schedule
         for name, value in settings.items():
             if name == "branch_squeeze":
@@ -72,7 +75,7 @@ class Configuration:
 
     def key(self, column: str, seed: int) -> str:
         """Name of a result: equal for equal work. The dense network's depends on nothing of the branches."""
-        spec = self.spec(seed).model_dump(mode="json")
+        spec = self.spec(seed, column).model_dump(mode="json")
         spec.pop("name")
         if column == "A":
             for field in ("stem_stages", "stem_width", "branch_width", "branch_squeeze"):
