@@ -12,13 +12,13 @@ The rules, in the order in which they decide:
    everyone with data may train it: rotating over them restores the mixture that no one has alone. `tasks`
    excludes, for class tasks only.
 3. The stem comes first, and one of the fast devices trains it: all branches stand on it. Stem and branches
-   go on side by side: neither begins a lease far ahead of the other.
+   go on side by side, the stem a lease or two ahead.
 4. Of the shards that nobody holds, the one that lags most comes first. One that somebody holds is given to
    others by rule 5 only: the mean of two leases from one start is worth about one of them, and counts as two.
    Holders that are far slower than the others, or overdue, keep their lease but do not keep others out; nor
    does, of the stem, one that a much faster device could replace.
 5. No device runs ahead on a shard: one that has given more of the shard's samples than its share of all the
-   work, by over half a lease, looks for another shard. It waits for a moment for one that is held, so that two
+   work, by over half a lease, looks for another shard. It waits a moment for one that is held, so that two
    devices whose leases end one after the other change places; then it joins the holder rather than go on.
    Thus each shard is trained on everybody's data in turn, with no barrier.
 
@@ -56,10 +56,11 @@ PREFERENCE: Final = 3.0
 #: The stem is trained by one device at a time, and by no device slower than this fraction of the fastest:
 #: everybody waits for it. Lower: more devices' data are in it, and a run takes longer.
 STEM_SPEED: Final = 0.5
-#: Leases by which a branch may be ahead of the stem when it begins one, and the stem of the branch that is in
-#: front. More: less waiting. Less: more of a branch is trained on features as good as itself; both early
-#: features and those of a stem that is done already cost accuracy (docs/results/method.md).
-LEAD_LEASES: Final = 1.0
+#: Leases by which the stem must be ahead of a branch when that begins one, but for its first, and by which it
+#: may be ahead of the branch that is in front. A branch learns more from features that are a little further
+#: than itself: in one place, half a point more than on those that it began with (docs/results/method.md).
+LEAD_MIN_LEASES: Final = 1.0
+LEAD_MAX_LEASES: Final = 2.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -105,21 +106,22 @@ def needs(spec: RunSpec, samples: Mapping[ShardId, int]) -> dict[ShardId, int]:
     """Samples that may be trained now, per shard; 0 for what is complete or gated.
 
     Until the stem is sealed, a branch may not see more samples than the stem's budget, which is the same
-    fraction of its own. It begins no lease when it is more than `LEAD_LEASES` ahead of the stem, nor does the
-    stem when it is ahead of all branches: a branch that nobody can train holds nobody up.
+    fraction of its own. After its first lease it begins none while the stem is not ahead of it, nor does the
+    stem while it is far ahead of all branches: a branch that nobody can train holds nobody up.
     """
     seal, stem = spec.budget(STEM), samples.get(STEM, 0)
     sealed = stem >= seal
     front = max(samples.get(shard, 0) for shard in spec.shards if shard != STEM)
-    lead = LEAD_LEASES * spec.schedule.lease_samples
+    lease = spec.schedule.lease_samples
     result = {}
     for shard in spec.shards:
         limit = spec.budget(shard) if sealed else min(seal, spec.budget(shard))
         seen = samples.get(shard, 0)
         need = max(0, limit - seen)
-        # Less than a batch short of the gate, a lease would step over it.
-        short = seen > 0 and need < spec.schedule.batch_size
-        waits = stem - front > lead if shard == STEM else not sealed and (short or seen - stem > lead)
+        if shard == STEM:
+            waits = stem - front > LEAD_MAX_LEASES * lease
+        else:
+            waits = not sealed and seen > 0 and stem - seen < LEAD_MIN_LEASES * lease
         result[shard] = 0 if waits else need
     return result
 

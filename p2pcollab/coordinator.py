@@ -57,12 +57,13 @@ __all__ = [
 
 #: Idle devices count for nothing after this many times the patience.
 HOPELESS: Final = 4.0
-#: Part of its longest lease for which a device waits for a branch that is held, rather than join its holder: what
-#: two make of a branch from one start is worth little more than what one does. Ten devices with a branch each
-#: wait for a tenth of a lease. Longer, and two devices of unlike speed wait for each other.
+#: Part of its longest lease for which a device waits for a branch that is held, rather than join its holder:
+#: what two make of a branch from one start is worth little more than what one does. Ten devices with a branch
+#: each wait for a tenth of a lease. Longer, and two devices of unlike speed wait for each other.
 WAIT_LEASES: Final = 0.25
-#: A lease on the stem may take this many times one on a branch: all of it is trained, on every example (AlexNet:
-#: 6). Lower, and devices that have never trained it take who does for stuck; higher, and they wait for one who is.
+#: A lease on the stem may take this many times one on a branch: all of it is trained, on every example
+#: (AlexNet: 6). Lower, and devices that have never trained it take who does for stuck; higher, and they wait
+#: for one who is.
 STEM_LEASE_MAX: Final = 8.0
 
 
@@ -625,7 +626,7 @@ class Coordinator:
         )
 
     def _expected_s(self, leases: Collection[str]) -> float:
-        """How long such leases should take at most at this device's speed, by its own; 0 if it has had none."""
+        """How long such leases should take at most at this device's speed, by its own; 0: it has had none."""
         longest_s = max(self._longest_s.values())
         if STEM in leases and not self._longest_s[True]:
             longest_s *= STEM_LEASE_MAX

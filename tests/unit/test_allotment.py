@@ -185,26 +185,25 @@ def test_lone_device_gets_everything_in_turns() -> None:
 
 
 def test_branch_waits_at_the_gate_until_the_stem_is_sealed() -> None:
-    seal = SPEC.budget(STEM)
-    samples = dict.fromkeys(SPEC.shards, seal - 250)
-    assert needs(SPEC, samples)[ShardId("t0")] == 250
-    samples[ShardId("t0")] = seal - 50
-    assert needs(SPEC, samples)[ShardId("t0")] == 0
+    seal, lease = SPEC.budget(STEM), SPEC.schedule.lease_samples
+    t0 = ShardId("t0")
+    samples = {**dict.fromkeys(SPEC.shards, 0), STEM: seal - 1, t0: seal - lease}
+    assert needs(SPEC, samples)[t0] == 0
     samples[STEM] = seal
-    assert needs(SPEC, samples)[ShardId("t0")] == SPEC.schedule.budget_samples - seal + 50
+    assert needs(SPEC, samples)[t0] == SPEC.schedule.budget_samples - seal + lease
     assert needs(SPEC, samples)[STEM] == 0
 
 
-def test_branch_and_stem_wait_for_each_other() -> None:
+def test_stem_goes_one_to_two_leases_ahead_of_the_branches() -> None:
     lease = SPEC.schedule.lease_samples
     t0, t1 = TASKS[:2]
-    samples = dict.fromkeys(SPEC.shards, 3 * lease)
-    samples[t0] += lease
+    samples = dict.fromkeys(SPEC.shards, 0)
+    assert all(needs(SPEC, samples).values()), "all begin at once"
+    samples |= {STEM: 3 * lease, t0: 2 * lease, t1: 2 * lease + 1}
     assert needs(SPEC, samples)[t0] > 0
-    samples[t0] += 1
-    assert needs(SPEC, samples)[t0] == 0 and needs(SPEC, samples)[t1] > 0
-    # One branch beside it is enough for the stem: nobody may be able to train the others.
-    samples[STEM] = samples[t0] + lease
+    assert needs(SPEC, samples)[t1] == 0
+    # One branch behind it is enough for the stem: nobody may be able to train the others.
+    samples[STEM] = samples[t1] + 2 * lease
     assert needs(SPEC, samples)[STEM] > 0
     samples[STEM] += 1
     assert needs(SPEC, samples)[STEM] == 0
