@@ -74,8 +74,8 @@ _VGG_TRAINING: Final = TrainingHints(batch_size=128, peak_lr=0.05, weight_decay=
 
 FAMILIES: Final[dict[str, Family]] = {
     # For images of 32x32. Source of the widths: AlexNet in its usual CIFAR form, 171 M MAC dense. A stem of
-    # three narrow stages ends 1.2 points higher than one of two whole ones, at less computation; batches of 64
-    # end 2.4 points higher than batches of 128 (docs/results/method.md).
+    # three narrow stages ends 1.2 points higher than one of two whole ones, at less computation; batches of
+    # 64 end 2.4 points higher than batches of 128 (docs/results/method.md).
     "alexnet": Family(
         stages=(Stage(64, True), Stage(192, True), Stage(384), Stage(256), Stage(256, True)),
         hidden=1024,

@@ -62,7 +62,7 @@ def parse() -> argparse.Namespace:
         default=[],
         metavar="FIELD=NUMBER",
         dest="dense_settings",
-        help="the same for the dense network (A) alone, as peak_lr=0.01: it should be trained as well as can be",
+        help="the same for the dense network (A) alone, so that it is trained as well as can be",
     )
     parser.add_argument("--groups", type=Path, help="the tasks' classes, as `p2pcollab new --groups`")
     parser.add_argument("--name", default="default", help="name of these settings in the tables")
