@@ -85,7 +85,7 @@ FAMILIES: Final[dict[str, Family]] = {
             family="alexnet", stem_stages=3, stem_width=0.67, branch_width=0.25, branch_squeeze=0.25
         ),
         training=TrainingHints(
-            batch_size=64, peak_lr=0.02, weight_decay=5e-4, epochs=12, negatives=0.5, seal=0.95
+            batch_size=64, peak_lr=0.02, weight_decay=5e-4, epochs=12, negatives=0.75, seal=0.95
         ),
     ),
     # Source: Simonyan & Zisserman 2015, configurations A and D; here with batch norm and one hidden layer.
