@@ -258,6 +258,7 @@ class _Hand:
             if (len(self.holders[STEM]) + 1) * self.lease <= self.need[STEM]:
                 # All branches would wait for one that took it when no faster one was there.
                 self.holders[STEM] &= self.eligible[STEM]
+        #: Those that are given nothing more for now, because another branch may soon be free.
         self.waiting: set[DeviceId] = set()
         self.place = self._places(spec)
         self.excess = self._excesses()
@@ -362,9 +363,9 @@ class _Hand:
     def _may(self, view: DeviceView, shard: ShardId, *, ahead: bool) -> bool:
         """Whether an idle device can take a shard on top of what it has been given."""
         device, given = view.device, self.leases[view.device]
-        if device not in self.eligible[shard] or shard in given or given == [STEM]:
+        if device not in self.eligible[shard] or device in self.waiting:
             return False
-        if device in self.waiting:
+        if shard in given or given == [STEM]:
             return False
         if len(given) >= (1 if shard == STEM else self.slots[device]):
             return False

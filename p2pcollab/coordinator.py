@@ -26,7 +26,6 @@ import random
 from collections import deque
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
-from dataclasses import replace
 from typing import Any, Final
 
 from . import allotment, limits
@@ -35,7 +34,7 @@ from .claims import Claims, Proof, Refusal
 from .holdings import Holdings, Want
 from .ledger import Contribution, Ledger, states_digest
 from .plans import Advert, Claim, CoordinatorSettings, JobPlan, RecordFields, ShardJob, Trial
-from .presence import BoardRecord, Presence, Sighting
+from .presence import BoardRecord, LeaseTimes, Presence, Sighting
 from .run import STEM, DeviceId, RunSpec, ShardId
 from .trust import Opinions, Verdict, accused, can_tell, is_household, outvoted
 
@@ -61,10 +60,6 @@ HOPELESS: Final = 4.0
 #: what two make of a branch from one start is worth little more than what one does. Ten devices with a branch
 #: each wait for a tenth of a lease. Longer, and two devices of unlike speed wait for each other.
 WAIT_LEASES: Final = 0.25
-#: A lease on the stem may take this many times one on a branch: all of it is trained, on every example
-#: (AlexNet: 6). Lower, and devices that have never trained it take who does for stuck; higher, and they wait
-#: for one who is.
-STEM_LEASE_MAX: Final = 8.0
 
 
 class _Phase(enum.Enum):
@@ -128,8 +123,7 @@ class Coordinator:
         self._known_holders: dict[ShardId, frozenset[DeviceId]] = {}
         self._parents: frozenset[str] = frozenset()
         self._claimed_at = 0.0
-        #: Of this device's leases: the longest on the stem, and the longest on branches.
-        self._longest_s = {True: 0.0, False: 0.0}
+        self._lease_times = LeaseTimes()
         self._idle_since: float | None = None
         self._patience_s = 0.0
         self._leaving = self._left = False
@@ -422,8 +416,6 @@ class Coordinator:
             self._idle_since = now
             self._patience_s = self.settings.silence_s / 2 * (1 + self._rng.random())
         views = self._views(now)
-        waited_s = now - self._idle_since
-        views[0] = replace(views[0], waits=waited_s < WAIT_LEASES * self._longest_s[False])
         if not self._vacant(views):
             # Nothing is free: who waits for the stem, or for its turn, has not waited in vain.
             self._idle_since = now
@@ -510,8 +502,7 @@ class Coordinator:
     def finished(self, now: float) -> None:
         """The lease is trained, and its contributions were received: release it."""
         assert self._phase is _Phase.TRAINING
-        stem = STEM in self._leases
-        self._longest_s[stem] = max(self._longest_s[stem], now - self._claimed_at)
+        self._lease_times.add(self._leases, now - self._claimed_at)
         self._narrow([])
 
     def abandoned(self, now: float) -> None:
@@ -586,7 +577,8 @@ class Coordinator:
         ]
 
     def _views(self, now: float) -> list[DeviceView]:
-        """The live devices, this one included."""
+        """The live devices, this one first."""
+        idle_s = 0.0 if self._idle_since is None else now - self._idle_since
         own = DeviceView(
             device=self.device,
             speed=self.advert.speed,
@@ -597,6 +589,7 @@ class Coordinator:
             lease_since=self._sequence,
             started=self._phase in (_Phase.HELD, _Phase.TRAINING),
             works=self.advert.works,
+            waits=idle_s < WAIT_LEASES * self._lease_times.branches_s,
         )
         return [
             own,
@@ -610,7 +603,7 @@ class Coordinator:
     def _view(self, record: BoardRecord, now: float) -> DeviceView:
         device = DeviceId(record.device)
         speed = max(record.speed, 1e-9)
-        expected_s = self._expected_s(record.leases) * max(1.0, self.advert.speed / speed)
+        expected_s = self._lease_times.expected_s(record.leases) * max(1.0, self.advert.speed / speed)
         return DeviceView(
             device=device,
             speed=speed,
@@ -624,13 +617,6 @@ class Coordinator:
             # One that takes the run for complete knows more than this device, which will hear of it.
             works=record.state in ("idle", "training", "complete"),
         )
-
-    def _expected_s(self, leases: Collection[str]) -> float:
-        """How long such leases should take at most at this device's speed, by its own; 0: it has had none."""
-        longest_s = max(self._longest_s.values())
-        if STEM in leases and not self._longest_s[True]:
-            longest_s *= STEM_LEASE_MAX
-        return longest_s
 
     # --- gossip ---
 

@@ -9,12 +9,12 @@ when its own host says so.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from typing import Final, Protocol
 
 from . import limits
-from .run import DeviceId
+from .run import STEM, DeviceId
 
 #: A record is valid this long by its author's clock. As much is left of RECORD_TTL_S_MAX, above and below, as
 #: two clocks may differ.
@@ -22,6 +22,10 @@ RECORD_TTL_S: Final = limits.RECORD_TTL_S_MAX - limits.CLOCK_SKEW_S_MAX
 #: A lease is overdue when it has been held for this many times what it should take. Higher, and a stuck
 #: trainer delays the end of the run for longer; lower, and honest long leases are trained twice.
 OVERDUE_FACTOR: Final = 4.0
+#: A lease on the stem may take this many times one on a branch: all of it is trained, on every example
+#: (AlexNet: 4 to 6). Lower, and devices that have never trained it take who does for stuck; higher, and they
+#: wait for one who is.
+STEM_LEASE_MAX: Final = 8.0
 #: The same for a device that has had no lease to compare with, e.g. since it was started again. Without it,
 #: one whose only partner is stuck waits for ever.
 OVERDUE_UNKNOWN_S: Final = 300.0
@@ -53,6 +57,27 @@ class BoardRecord(Protocol):
     def lease_sequence(self) -> int: ...
     @property
     def progress(self) -> tuple[tuple[str, int, int], ...]: ...
+
+
+@dataclass(slots=True)
+class LeaseTimes:
+    """How long this device's own leases took at most; 0: it has had none."""
+
+    stem_s: float = 0.0
+    branches_s: float = 0.0
+
+    def add(self, leases: Collection[str], seconds: float) -> None:
+        """A lease has ended."""
+        if STEM in leases:
+            self.stem_s = max(self.stem_s, seconds)
+        else:
+            self.branches_s = max(self.branches_s, seconds)
+
+    def expected_s(self, leases: Collection[str]) -> float:
+        """How long such leases should take at most at this device's speed."""
+        if STEM in leases and not self.stem_s:
+            return STEM_LEASE_MAX * self.branches_s
+        return max(self.stem_s, self.branches_s)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

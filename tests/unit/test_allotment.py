@@ -260,33 +260,34 @@ def test_preferred_task_is_given_first() -> None:
     assert allotment[device(0)] == (TASKS[7],)
 
 
+#: Two devices that have trained one branch each: the first is idle, the second trains on.
+TWO = small_spec(2, budget=10_000, lease=500)
+TWO_SHARDS = [
+    ShardView(shard=STEM, samples=TWO.budget(STEM)),
+    *(
+        ShardView(shard=shard, samples=2000, visits={device(index): 2000})
+        for index, shard in enumerate(TWO.shards[1:])
+    ),
+]
+IDLE, HOLDER = (
+    DeviceView(device=device(index), speed=1.0, class_counts=(9, 9), leases=leases)
+    for index, leases in enumerate(((), TWO.shards[2:]))
+)
+
+
 def test_device_ahead_of_its_share_joins_another_shard_rather_than_go_on() -> None:
-    spec = small_spec(2, budget=10_000, lease=500)
-    t0, t1 = spec.shards[1:]
-    shards = [
-        ShardView(shard=STEM, samples=spec.budget(STEM)),
-        ShardView(shard=t0, samples=2000, visits={device(0): 2000}),
-        ShardView(shard=t1, samples=2000, visits={device(1): 2000}),
-    ]
-    holder = DeviceView(device=device(1), speed=1.0, class_counts=(9, 9), leases=(t1,))
-    idle = DeviceView(device=device(0), speed=1.0, class_counts=(9, 9))
-    assert allot(spec, [idle, holder], shards)[device(0)] == (t1,)
+    t1 = TWO.shards[2]
+    assert allot(TWO, [IDLE, HOLDER], TWO_SHARDS)[device(0)] == (t1,)
 
 
 def test_device_that_may_wait_changes_places_with_the_next_one_whose_lease_ends() -> None:
-    spec = small_spec(2, budget=10_000, lease=500)
-    t0, t1 = spec.shards[1:]
-    shards = [
-        ShardView(shard=STEM, samples=spec.budget(STEM)),
-        ShardView(shard=t0, samples=2000, visits={device(0): 2000}),
-        ShardView(shard=t1, samples=2000, visits={device(1): 2000}),
-    ]
-    holder = DeviceView(device=device(1), speed=1.0, class_counts=(9, 9), leases=(t1,))
-    idle = DeviceView(device=device(0), speed=1.0, class_counts=(9, 9), waits=True)
-    assert allot(spec, [idle, holder], shards)[device(0)] == ()
-    assert allot(spec, [idle, replace(holder, leases=())], shards) == {device(0): (t1,), device(1): (t0,)}
+    t0, t1 = TWO.shards[1:]
+    waiting = replace(IDLE, waits=True)
+    assert allot(TWO, [waiting, HOLDER], TWO_SHARDS)[device(0)] == ()
+    both_idle = [waiting, replace(HOLDER, leases=())]
+    assert allot(TWO, both_idle, TWO_SHARDS) == {device(0): (t1,), device(1): (t0,)}
     # Nobody has anything that would be worth the wait.
-    assert allot(spec, [idle], shards)[device(0)]
+    assert allot(TWO, [waiting], TWO_SHARDS)[device(0)]
 
 
 def test_much_faster_device_does_not_wait_for_who_took_the_stem_first() -> None:

@@ -20,16 +20,15 @@ from coordinator_examples import (
 )
 from hypothesis import given
 from hypothesis import strategies as st
-from ledger_examples import T0, contribution, device, successor
+from ledger_examples import T0, contribution, device, small_spec, successor
 
 from p2pcollab.coordinator import (
     HOPELESS,
-    STEM_LEASE_MAX,
     WAIT_LEASES,
     Advert,
 )
 from p2pcollab.ledger import states_digest
-from p2pcollab.presence import FORGET_SILENCES, OVERDUE_FACTOR, OVERDUE_UNKNOWN_S
+from p2pcollab.presence import FORGET_SILENCES, OVERDUE_FACTOR, OVERDUE_UNKNOWN_S, STEM_LEASE_MAX
 from p2pcollab.run import STEM
 
 # --- liveness ---
@@ -524,3 +523,14 @@ def test_lease_is_as_long_as_the_shard_needs(stem_samples: int, seen: int, sampl
     assert claim.shards == (T0,)
     one.confirm(0.0)
     assert start(one, digests(one), 0.0).samples == samples
+
+
+def test_first_lease_does_not_step_over_the_gate() -> None:
+    spec = small_spec(4, seal=0.095)
+    one = coordinator(spec=spec, advert=Advert(speed=1.0, class_counts=(10,) * 4, tasks=frozenset({T0})))
+    one.observe_board([Record(device=device(1), state="training", leases=("stem",), tasks=())], 0.0)
+    claim = one.decide(0.0)
+    assert claim is not None and claim.shards == (T0,)
+    one.confirm(0.0)
+    assert spec.budget(STEM) == 95
+    assert start(one, digests(one), 0.0).samples == 90

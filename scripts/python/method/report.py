@@ -7,8 +7,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from p2pcollab import cost
-from p2pcollab.run import RunSpec, ShardId
+from p2pcollab.data.batches import Thinning
+from p2pcollab.run import STEM, RunSpec
 
 Result = Mapping[str, Any]
 
@@ -62,23 +65,24 @@ def row(
         made["dense_schedule"] = columns["A"][0]["spec"]["schedule"]
     divided = (assembled or columns.get("C") or columns.get("B") or [first])[0]["spec"]
     made["model_settings"], made["schedule"] = divided["model"], divided["schedule"]
-    if divided is not first["spec"] or first["column"] != "A":
+    if assembled or columns.get("C"):
         made["saving_one_task"] = _saving_one_task(divided)
     return made
 
 
 def _saving_one_task(fields: Mapping[str, Any]) -> float:
-    """Training MACs of the dense network over those of the costliest task's branch, for equal data.
+    """Training MACs of the dense network over those of the costliest task's branch, for classes of one size.
 
     What a device spends on trying its results, and saves by waiting, is not in it.
     """
     spec = RunSpec.model_validate(fields)
-    costs = []
-    for task in spec.tasks:
-        own = len(task.classes) / len(spec.classes)
-        trained = own + (1.0 - own) * spec.schedule.negatives
-        costs.append(trained * cost.training_macs(spec, [ShardId(task.id)]))
-    return cost.training_macs_dense(spec) / max(costs)
+    classes = np.arange(len(spec.classes))
+    costs = [
+        Thinning.of(spec, [shard]).probabilities(classes).mean() * cost.training_macs(spec, [shard])
+        for shard in spec.shards
+        if shard != STEM
+    ]
+    return float(cost.training_macs_dense(spec) / max(costs))
 
 
 def line(one: Mapping[str, Any]) -> str:
