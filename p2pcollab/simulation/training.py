@@ -3,18 +3,26 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Protocol
 
 from ..coordinator import JobPlan
 from ..ledger import Contribution
 from ..plans import Trial
-from ..run import STEM, DeviceId, RunSpec
+from ..run import STEM, DeviceId, RunSpec, ShardId
 from ..trust import Verdict
 
 if TYPE_CHECKING:
     from .devices import Device
+
+
+Price = Callable[[Sequence[ShardId]], float]
+"""Units that an offered sample costs in a lease on these shards."""
+
+
+def _usual_price(shards: Sequence[ShardId]) -> float:
+    return 3.0 if STEM in shards else 1.0 + len(shards)
 
 
 class Training(Protocol):
@@ -43,19 +51,22 @@ class Training(Protocol):
 class PretendedTraining:
     """Takes its time and makes digests of nothing: for tests of the protocol.
 
-    A sample costs 3 units on the stem, and 1 plus 1 per branch in a bundle; a device's speed is in units per
-    second.
+    A device's speed is in units per second, and what a sample costs is up to `price`.
     """
 
-    def __init__(self, spec: RunSpec, rng: random.Random, devices: int) -> None:
+    def __init__(self, spec: RunSpec, rng: random.Random, devices: int, price: Price | None = None) -> None:
+        """
+        Args:
+            price: None: 3 units on the stem, and 1 plus 1 per branch in a bundle.
+        """
+        self._price = price or _usual_price
         self._run_id = spec.run_id
         self._rng = rng
         self.devices = tuple(DeviceId(f"{rng.getrandbits(128):032x}") for _ in range(devices))
 
     def duration_s(self, device: Device, plan: JobPlan) -> float:
         """See `Training`."""
-        stem = plan.shards[0].shard == STEM
-        return plan.samples * (3 if stem else 1 + len(plan.shards)) / device.plan.speed
+        return plan.samples * self._price([job.shard for job in plan.shards]) / device.plan.speed
 
     def train(self, device: Device, plan: JobPlan) -> tuple[Contribution, ...]:
         """See `Training`."""

@@ -7,6 +7,7 @@ invariant, scenario, seed and simulated time.
 from __future__ import annotations
 
 import os
+import random
 import subprocess
 import sys
 from dataclasses import replace
@@ -24,6 +25,7 @@ from p2pcollab.simulation import (
     Cut,
     DevicePlan,
     Outcome,
+    PretendedTraining,
     Scenario,
     Simulation,
     random_scenario,
@@ -160,6 +162,24 @@ def test_nobody_loses_a_lease_to_a_standstill_that_is_shorter_than_its_term() ->
 @pytest.mark.parametrize("name", ["torn-writes", "reordered", "clocks"])
 def test_run_completes_under_one_kind_of_fault(name: str) -> None:
     Simulation(SCENARIOS[name](1), 1).run()
+
+
+def test_slow_devices_leave_the_stem_to_the_fast_one_although_its_leases_are_long() -> None:
+    crowd = (DevicePlan(speed=800.0), *(DevicePlan(speed=100.0) for _ in range(10)))
+    scenario = Scenario(name="one fast device", spec=run_spec(), devices=crowd)
+    # AlexNet's: a lease on the stem costs six times one on a branch.
+    dear = PretendedTraining(
+        scenario.spec,
+        random.Random(0),
+        len(crowd),
+        lambda shards: 9.0 if STEM in shards else 1.0 + 0.5 * len(shards),
+    )
+    simulation = Simulation(scenario, 0, dear)
+    simulation.run()
+    fast = simulation.devices[0]
+    seen = fast.coordinator.ledger.seen(STEM)
+    # Who does not see the fast one yet may take it once.
+    assert seen[fast.id] >= sum(seen.values()) - scenario.spec.schedule.lease_samples
 
 
 #: Seeds of `random_scenario` that find the bugs.
