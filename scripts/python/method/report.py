@@ -143,9 +143,10 @@ def _percent(one: Mapping[str, Any], column: str) -> str:
 
 
 def plot(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """Accuracy against the computation of a device with one task, both relative to the dense network's.
+    """Accuracy against computation, both relative to the dense network's.
 
-    Filled: assembled from devices. Hollow: trained in one place with decoupled losses.
+    Filled: assembled from devices, and the device that computes least. Hollow: trained in one place with
+    decoupled losses, and what a device with one task would compute.
     """
     import matplotlib
 
@@ -153,7 +154,8 @@ def plot(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     import matplotlib.pyplot as plt
 
     matplotlib.rcParams["svg.hashsalt"] = "p2pcollab"
-    figure, axes = plt.subplots(figsize=(9.5, 5.5))
+    figure, axes = plt.subplots(figsize=(8.0, 8.0))
+    axes.set_prop_cycle(color=plt.get_cmap("tab20").colors)  # more rows than the usual ten colours
     for one in rows:
         column, saving = ("D", "saving_max") if one.get("D_mean") is not None else ("C", "saving_one_task")
         if any(one.get(key) is None for key in ("A_mean", f"{column}_mean", saving)):
@@ -169,8 +171,8 @@ def plot(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
         )
     axes.axhline(0.0, color="grey", linewidth=1)
     axes.axvline(11.8, color="grey", linewidth=1, linestyle=":")
-    axes.set_xlabel("times less training computation than the dense network, device with one task")
+    axes.set_xlabel("times less training computation than the dense network")
     axes.set_ylabel("minus the dense network's accuracy, points")
-    axes.legend(fontsize=6, loc="upper left", bbox_to_anchor=(1.01, 1.0))
+    axes.legend(fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.1))
     figure.tight_layout()
     figure.savefig(path, metadata={"Date": None})
