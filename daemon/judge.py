@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Final
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from .. import cost
+from .. import cost, limits
 from ..assembly import merged_shard
 from ..data.arrays import ArrayDataset
 from ..data.batches import eval_batches
@@ -22,6 +23,7 @@ from ..judging import (
     Sample,
     compare,
     draw,
+    features_by_example,
     guesses,
     judge_loss,
     losses_by_example,
@@ -38,6 +40,9 @@ Decode = Callable[[Contribution], ShardTensors]
 
 #: Losses of references that are remembered: a reference is compared with several contributions.
 _REFERENCES_KEPT: Final = 64
+#: Of the features that are remembered. AlexNet's of 640 images of 32x32 pixels, all that ten tasks are tried
+#: on, take 20 MiB in bfloat16: those of the stem that branches are tried on, and of the one before it, fit.
+FEATURES_BYTES_MAX: Final = 48 * limits.MIB
 
 
 class Judge:
@@ -53,11 +58,17 @@ class Judge:
         self._spec = spec
         self._data = data
         self._device = device
-        self._seed = seed
+        #: The same for all shards, so that they are tried on the same examples as far as can be.
+        self._order = np.random.default_rng(seed).permutation(len(data))
+        self._features = _Features(spec, data, device)
         self._samples: dict[tuple[ShardId, tuple[bool, ...]], Sample | None] = {}
         self._losses: OrderedDict[tuple[object, ...], Tensor] = OrderedDict()
-        #: What trying has cost since it was last read.
-        self.macs = 0
+        self._head_macs = 0
+
+    @property
+    def macs(self) -> int:
+        """What trying has cost so far."""
+        return self._head_macs + self._features.macs
 
     def verdict(self, trial: Trial, tensors: ShardTensors, decode: Decode) -> Verdict | None:
         """Why a contribution's tensors should not be built on, as far as this device's examples tell."""
@@ -74,19 +85,20 @@ class Judge:
         sample = self._sample(shard, present)
         if sample is None:
             return None
-        stem = {} if shard == STEM else self._state(STEM, trial.stem, decode)
+        on = None if shard == STEM else self._state(STEM, trial.stem, decode)
         samples = sum(count for _, count in trial.contribution.seen)
         early = samples < EARLY * self._spec.budget(shard)
         key = (shard, present, states_digest(trial.reference), states_digest(trial.stem), early)
         reference_N = self._losses.get(key)
         if reference_N is None:
-            self._losses[key] = reference_N = self._reference(trial, stem, decode, sample, early=early)
+            self._losses[key] = reference_N = self._reference(trial, on, decode, sample, early=early)
             if len(self._losses) > _REFERENCES_KEPT:
                 self._losses.popitem(last=False)
-        return compare(self._try(shard, tensors, stem, sample), reference_N, sample)
+        candidate = _State(states_digest((trial.contribution,)), tensors)
+        return compare(self._try(shard, candidate, on, sample), reference_N, sample)
 
     def _reference(
-        self, trial: Trial, stem: ShardTensors, decode: Decode, sample: Sample, *, early: bool
+        self, trial: Trial, stem: _State | None, decode: Decode, sample: Sample, *, early: bool
     ) -> Tensor:
         """The losses of what is here. If nothing is, those of guessing; early on, those of the initial state
         if that is worse.
@@ -109,22 +121,66 @@ class Judge:
         if key not in self._samples:
             if len(self._samples) >= _REFERENCES_KEPT:
                 self._samples.clear()
-            name = hashlib.sha256(f"{self._seed}/{shard}/{present}".encode()).digest()
-            generator = np.random.default_rng(list(name))
             counts = [int(one) for one in present] or None
-            self._samples[key] = draw(self._spec, shard, self._data.labels, generator, counts)
+            self._samples[key] = draw(self._spec, shard, self._data.labels, self._order, counts)
         return self._samples[key]
 
-    def _state(self, shard: ShardId, frontier: Sequence[Contribution], decode: Decode) -> ShardTensors:
+    def _state(self, shard: ShardId, frontier: Sequence[Contribution], decode: Decode) -> _State:
         try:
-            return merged_shard(self._spec, shard, frontier, decode)
+            return _State(states_digest(frontier), merged_shard(self._spec, shard, frontier, decode))
         except PeerError:
             # The disk has lost or damaged one of them meanwhile.
-            return initial_shard(self._spec, shard)
+            return _State(states_digest(()), initial_shard(self._spec, shard))
 
-    def _try(self, shard: ShardId, tensors: ShardTensors, stem: ShardTensors, sample: Sample) -> Tensor:
-        chosen = self._data.subset(sample.indices)
-        self.macs += len(chosen) * cost.evaluation_macs(self._spec, [shard])
-        return losses_by_example(
-            self._spec, shard, tensors, stem, eval_batches(chosen, self._spec), device=self._device
-        )
+    def _try(self, shard: ShardId, state: _State, stem: _State | None, sample: Sample) -> Tensor:
+        features_N = self._features.of(stem or state, sample.indices)
+        self._head_macs += len(sample.indices) * cost.head_macs(self._spec, shard)
+        labels = self._data.labels[sample.indices]
+        return losses_by_example(self._spec, shard, state.tensors, features_N, labels)
+
+
+@dataclass(frozen=True, slots=True)
+class _State:
+    """A state of a shard, and its name (`ledger.states_digest`)."""
+
+    digest: str
+    tensors: ShardTensors
+
+
+class _Features:
+    """What stems make of this device's examples. Each is computed once, as far as memory goes.
+
+    Without it nearly all that trying costs is the stem's forward pass, again and again on the same images.
+    """
+
+    def __init__(self, spec: RunSpec, data: ArrayDataset, device: torch.device) -> None:
+        self._spec = spec
+        self._data = data
+        self._device = device
+        #: By stem and example, the longest unused first.
+        self._kept: OrderedDict[tuple[str, int], Tensor] = OrderedDict()
+        self._kept_bytes = 0
+        self.macs = 0
+
+    def of(self, stem: _State, indices: npt.NDArray[np.intp]) -> Tensor:
+        """Features of some examples, [N, channels, height, width]."""
+        keys = [(stem.digest, int(index)) for index in indices]
+        missing = [index for key, index in zip(keys, indices, strict=True) if key not in self._kept]
+        made: dict[tuple[str, int], Tensor] = {}
+        if missing:
+            images = eval_batches(self._data.subset(np.asarray(missing)), self._spec)
+            made_N = features_by_example(self._spec, stem.tensors, images, device=self._device)
+            self.macs += len(missing) * cost.macs_stem(self._spec)
+            made = {(stem.digest, int(index)): one for index, one in zip(missing, made_N, strict=True)}
+        rows = [made[key] if key in made else self._kept[key] for key in keys]
+        features_N = torch.stack(rows).contiguous(memory_format=torch.channels_last)
+        for key in keys:
+            if key in made:
+                # A copy, or one of them would keep all in memory.
+                self._kept[key] = made[key].clone()
+                self._kept_bytes += made[key].nbytes
+            self._kept.move_to_end(key)
+        while self._kept_bytes > FEATURES_BYTES_MAX:
+            _, forgotten = self._kept.popitem(last=False)
+            self._kept_bytes -= forgotten.nbytes
+        return features_N

@@ -50,9 +50,12 @@ def training_macs(spec: RunSpec, shards: Iterable[ShardId]) -> int:
 
 def evaluation_macs(spec: RunSpec, shards: Iterable[ShardId]) -> int:
     """MACs of scoring one example with these shards, the stem's forward pass included."""
-    return macs_stem(spec) + sum(
-        macs_aux(spec) if shard == STEM else macs_branch(spec, shard) for shard in shards
-    )
+    return macs_stem(spec) + sum(head_macs(spec, shard) for shard in shards)
+
+
+def head_macs(spec: RunSpec, shard: ShardId) -> int:
+    """Forward MACs of what follows the stem for one example: of a branch, or of the stem's own head."""
+    return macs_aux(spec) if shard == STEM else macs_branch(spec, shard)
 
 
 def training_macs_dense(spec: RunSpec) -> int:

@@ -33,7 +33,7 @@ from .trust import Verdict
 
 #: Examples of a task's own classes, and of others, that one contribution is tried on. The others weigh most,
 #: nine tenths where there are ten tasks: with 160 of them in place of 64, standard errors were a quarter to a
-#: third smaller. Trying costs as much as training 85 examples.
+#: third smaller.
 OWN_MAX: Final = 64
 OTHERS_MAX: Final = 192
 #: With fewer of either, chance decides.
@@ -83,68 +83,73 @@ def draw(
     spec: RunSpec,
     shard: ShardId,
     labels: npt.NDArray[np.int64],
-    generator: np.random.Generator,
+    order: npt.NDArray[np.intp],
     class_counts: Sequence[int] | None = None,
 ) -> Sample | None:
     """Examples to try contributions to a shard on; None if these data cannot judge it.
 
-    As many of the task's own classes as of the others, which are nine tenths of the data where there are ten
-    tasks: the few own ones are what tells a good branch from one that always says "other". For the stem, all
-    classes alike.
+    Many of the task's own classes, which are a tenth of the data where there are ten tasks: they are what
+    tells a good branch from one that always says "other". For the stem, all classes alike.
 
     Args:
         labels: of this device's held-out examples.
+        order: of these examples, a permutation: the first that fit are taken, so that the samples of all
+            shards have as many examples in common as can be, whose features need to be computed only once.
         class_counts: of the device whose contribution it is: on classes that it has no examples of, its work
             may be worse. None: unknown.
     """
-    usable = np.ones(len(labels), dtype=bool)
+    usable = order
     if class_counts is not None and len(class_counts) == len(spec.classes) and any(class_counts):
-        usable = np.asarray(class_counts)[labels] > 0
+        usable = order[np.asarray(class_counts)[labels[order]] > 0]
     if shard == STEM:
-        chosen = _some(np.flatnonzero(usable), OWN_MAX + OTHERS_MAX, generator)
+        chosen = usable[: OWN_MAX + OTHERS_MAX]
         if len(chosen) < OWN_MIN + OTHERS_MIN or len(np.unique(labels[chosen])) < 2:
             return None
         return Sample(chosen, np.full(len(chosen), 1 / len(chosen)))
-    own = np.isin(labels, spec.task(shard).classes)
-    mine, others = np.flatnonzero(usable & own), np.flatnonzero(usable & ~own)
+    own = np.isin(labels[usable], spec.task(shard).classes)
+    mine, others = usable[own], usable[~own]
     if len(mine) < OWN_MIN or len(others) < OTHERS_MIN:
         return None
     part = len(mine) / (len(mine) + len(others))
-    mine, others = _some(mine, OWN_MAX, generator), _some(others, OTHERS_MAX, generator)
+    mine, others = mine[:OWN_MAX], others[:OTHERS_MAX]
     weights = [np.full(len(mine), part / len(mine)), np.full(len(others), (1 - part) / len(others))]
     return Sample(np.concatenate([mine, others]), np.concatenate(weights))
 
 
-def _some(
-    indices: npt.NDArray[np.intp], at_most: int, generator: np.random.Generator
-) -> npt.NDArray[np.intp]:
-    return indices if len(indices) <= at_most else generator.permutation(indices)[:at_most]
+def features_by_example(
+    spec: RunSpec, stem_tensors: Mapping[str, Tensor], batches: Batches, *, device: torch.device | str = "cpu"
+) -> Tensor:
+    """What a stem makes of each image: [N, channels, height, width] in the arithmetic of training, on the
+    device.
+    """
+    stem = restore_stem(spec, stem_tensors).to(device).to(memory_format=torch.channels_last).eval()
+    with torch.inference_mode(), autocast_for(device, spec):
+        made = [stem(images.to(device, memory_format=torch.channels_last)) for images, _ in batches]
+    return torch.cat(made)
 
 
 def losses_by_example(
     spec: RunSpec,
     shard: ShardId,
     tensors: Mapping[str, Tensor],
-    stem_tensors: Mapping[str, Tensor],
-    batches: Batches,
-    *,
-    device: torch.device | str = "cpu",
+    features_N: Tensor,
+    labels: npt.NDArray[np.int64],
 ) -> Tensor:
-    """The loss of each example, as in training: of a branch over {own classes, "other"}. float64 [N]."""
+    """The loss of each example, as in training: of a branch over {own classes, "other"}. float64 [N].
+
+    Args:
+        tensors: of the branch, or of the stem, whose own head is tried.
+        features_N: `features_by_example`; for the stem, of itself.
+    """
+    device = features_N.device
     if shard == STEM:
-        stem, head = restore_stem(spec, tensors), restore_aux_head(spec, tensors)
-        targets = torch.arange(len(spec.classes))
+        head, targets = restore_aux_head(spec, tensors), torch.arange(len(spec.classes))
     else:
-        stem, head = restore_stem(spec, stem_tensors), restore_branch(spec, spec.task(shard), tensors)
-        targets = local_labels(spec, shard)
-    for module in (stem, head):
-        module.to(device).to(memory_format=torch.channels_last).eval()
-    losses = []
+        head, targets = restore_branch(spec, spec.task(shard), tensors), local_labels(spec, shard)
+    head.to(device).to(memory_format=torch.channels_last).eval()
     with torch.inference_mode(), autocast_for(device, spec):
-        for images, labels in batches:
-            logits = head(stem(images.to(device, memory_format=torch.channels_last))).float().cpu()
-            losses.append(functional.cross_entropy(logits, targets[labels], reduction="none").double())
-    return torch.cat(losses)
+        logits = head(features_N).float().cpu()
+    return functional.cross_entropy(logits, targets[torch.from_numpy(labels)], reduction="none").double()
 
 
 def guesses(spec: RunSpec, shard: ShardId, labels: npt.NDArray[np.int64], sample: Sample) -> Tensor:

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable
 from typing import Final
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from ledger_examples import contribution
 
+from p2pcollab import cost
+from p2pcollab.daemon import judge as judge_module
 from p2pcollab.daemon.judge import Judge
 from p2pcollab.data import ArrayDataset, inspect, load
 from p2pcollab.data.batches import batches, eval_batches
@@ -25,6 +29,7 @@ from p2pcollab.judging import (
     Sample,
     compare,
     draw,
+    features_by_example,
     guesses,
     judge_loss,
     losses_by_example,
@@ -41,6 +46,7 @@ from p2pcollab.trust import Verdict
 SPEC = plan_run("digits", inspect("digits"), PlanOptions(family="digits", epochs=20, seed=0))
 DATA = load("digits", SPEC)
 T3: Final = ShardId("t3")
+ORDER: Final = np.random.default_rng(0).permutation(len(DATA.test))
 LEASE: Final = 1024
 LEASES: Final = 3
 
@@ -70,16 +76,20 @@ def lineages() -> dict[ShardId, list[ShardTensors]]:
     return {STEM: stem, T3: branch}
 
 
+def losses(shard: ShardId, tensors: ShardTensors, stem: ShardTensors, sample: Sample) -> torch.Tensor:
+    """Of each example, everything computed anew."""
+    images = eval_batches(DATA.test.subset(sample.indices), SPEC)
+    features_N = features_by_example(SPEC, tensors if shard == STEM else stem, images)
+    return losses_by_example(SPEC, shard, tensors, features_N, DATA.test.labels[sample.indices])
+
+
 def reason(
     shard: ShardId, candidate: ShardTensors, reference: ShardTensors, stem: ShardTensors
 ) -> str | None:
     """A device's judgement, with the digits' test images as its own examples."""
-    sample = draw(SPEC, shard, DATA.test.labels, np.random.default_rng(0))
+    sample = draw(SPEC, shard, DATA.test.labels, ORDER)
     assert sample is not None
-    tried = [
-        losses_by_example(SPEC, shard, tensors, stem, eval_batches(DATA.test.subset(sample.indices), SPEC))
-        for tensors in (candidate, reference)
-    ]
+    tried = [losses(shard, tensors, stem, sample) for tensors in (candidate, reference)]
     verdict = judge_loss(compare(*tried, sample), 1.0)
     return None if verdict is None else verdict.reason
 
@@ -157,12 +167,12 @@ def test_what_mends_a_bad_state_is_accepted_though_guessing_were_better(
         blobs[entry.tensors_digest] = tensors
         return entry
 
+    # They take nearly everything for their first class, the one more than the other.
+    bias = "aux.head.bias" if shard == STEM else "head.bias"
+    first = torch.zeros_like(lineages[shard][-1][bias])
+    first[0] = 1.0
     bad_state, after = (
-        {
-            name: tensor * factor if tensor.is_floating_point() and "running" not in name else tensor
-            for name, tensor in lineages[shard][-1].items()
-        }
-        for factor in (-30.0, -3.0)
+        {**lineages[shard][-1], bias: lineages[shard][-1][bias] + shift * first} for shift in (40.0, 20.0)
     )
     judge = Judge(SPEC, DATA.test, torch.device("cpu"), seed=0)
     late = SPEC.budget(shard)
@@ -178,34 +188,80 @@ def test_what_mends_a_bad_state_is_accepted_though_guessing_were_better(
     assert verdict((bad,)) is None
 
 
+def test_each_examples_features_are_computed_once_and_forgotten_when_they_are_too_many(
+    lineages: dict[ShardId, list[ShardTensors]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    blobs = {}
+    entries: dict[ShardId, list[Contribution]] = {STEM: [], T3: []}
+    for shard, states in lineages.items():
+        for count, tensors in enumerate(states, start=1):
+            entries[shard].append(contribution(1, {1: count * LEASE}, shard=shard))
+            blobs[entries[shard][-1].tensors_digest] = tensors
+
+    def compared(judge: Judge, shard: ShardId, number: int, stem: int) -> tuple[Comparison, int]:
+        before = judge.macs
+        trial = Trial(
+            contribution=entries[shard][number],
+            reference=(entries[shard][number - 1],),
+            stem=() if shard == STEM else (entries[STEM][stem],),
+            behind=0,
+            class_counts=None,
+        )
+        found = judge.compare(trial, lineages[shard][number], lambda entry: blobs[entry.tensors_digest])
+        assert found is not None
+        return found, judge.macs - before
+
+    judge = Judge(SPEC, DATA.test, torch.device("cpu"), seed=0)
+    trials = [(STEM, 1, 0), (T3, 1, 1), (T3, 2, 1), (STEM, 2, 0), (T3, 2, 2)]
+    told = [compared(judge, *trial) for trial in trials]
+    samples = {shard: draw(SPEC, shard, DATA.test.labels, ORDER) for shard in entries}
+    counts = {shard: len(sample.indices) for shard, sample in samples.items() if sample is not None}
+    heads = {shard: 2 * count * cost.head_macs(SPEC, shard) for shard, count in counts.items()}
+    stem_pass = counts[STEM] * cost.macs_stem(SPEC)
+    assert told[0][1] == 2 * stem_pass + heads[STEM]
+    # A branch on a stem that was tried: what is missing are examples of its own classes, and once only.
+    assert told[1][1] - heads[T3] < stem_pass / 2
+    assert told[2][1] == heads[T3]
+    # The stem that it is compared with was tried before.
+    assert told[3][1] == stem_pass + heads[STEM]
+    # Without room nothing is remembered, and everything is found as before.
+    monkeypatch.setattr(judge_module, "FEATURES_BYTES_MAX", 0)
+    forgetful = Judge(SPEC, DATA.test, torch.device("cpu"), seed=0)
+    again = [compared(forgetful, *trial) for trial in trials]
+    assert [found for found, _ in again] == [found for found, _ in told]
+    assert sum(macs for _, macs in again) > sum(macs for _, macs in told) + 2 * stem_pass
+
+
 # What a device can judge
 
 
 def test_a_device_without_a_tasks_classes_or_without_others_does_not_judge() -> None:
-    generator = np.random.default_rng(0)
     labels = DATA.test.labels
-    assert draw(SPEC, T3, labels[labels != 3], generator) is None
-    assert draw(SPEC, T3, labels[labels == 3], generator) is None
-    assert draw(SPEC, T3, labels[:0], generator) is None
-    assert draw(SPEC, STEM, labels[labels == 3], generator) is None
-    few = np.concatenate([labels[labels != 3], labels[labels == 3][: OWN_MIN - 1]])
-    assert draw(SPEC, T3, few, generator) is None
+
+    def cannot(shard: ShardId, labels: npt.NDArray[np.int64]) -> bool:
+        return draw(SPEC, shard, labels, np.arange(len(labels))) is None
+
+    assert cannot(T3, labels[labels != 3])
+    assert cannot(T3, labels[labels == 3])
+    assert cannot(T3, labels[:0])
+    assert cannot(STEM, labels[labels == 3])
+    assert cannot(T3, np.concatenate([labels[labels != 3], labels[labels == 3][: OWN_MIN - 1]]))
 
 
 def test_work_is_judged_on_classes_that_its_maker_has() -> None:
     counts = [0] * 10
     counts[3] = counts[5] = 7
-    sample = draw(SPEC, T3, DATA.test.labels, np.random.default_rng(0), counts)
+    sample = draw(SPEC, T3, DATA.test.labels, ORDER, counts)
     assert sample is not None
     assert set(DATA.test.labels[sample.indices]) == {3, 5}
     counts[3] = 0
-    assert draw(SPEC, T3, DATA.test.labels, np.random.default_rng(0), counts) is None
+    assert draw(SPEC, T3, DATA.test.labels, ORDER, counts) is None
 
 
 @given(st.integers(0, 2**32), st.lists(st.integers(0, 9), min_size=1, max_size=600))
 def test_few_examples_are_tried_and_the_classes_weigh_as_in_the_data(seed: int, labels: list[int]) -> None:
     array = np.array(labels, dtype=np.int64)
-    sample = draw(SPEC, T3, array, np.random.default_rng(seed))
+    sample = draw(SPEC, T3, array, np.random.default_rng(seed).permutation(len(array)))
     if sample is None:
         return
     assert len(sample.indices) <= OWN_MAX + OTHERS_MAX
@@ -215,23 +271,34 @@ def test_few_examples_are_tried_and_the_classes_weigh_as_in_the_data(seed: int, 
     assert sample.weights[own].sum() == pytest.approx((array == 3).mean())
 
 
+def test_samples_of_different_shards_share_examples() -> None:
+    labels = DATA.test.labels
+    shards = [STEM, *(ShardId(task.id) for task in SPEC.tasks)]
+    drawn = [draw(SPEC, shard, labels, ORDER) for shard in shards]
+    different = set().union(*(sample.indices.tolist() for sample in drawn if sample is not None))
+    # The stem's, and what each task lacks of its own among them.
+    assert len(different) <= OWN_MAX + OTHERS_MAX + len(SPEC.tasks) * OWN_MAX
+    assert len(different) < sum(len(sample.indices) for sample in drawn if sample is not None) / 4
+
+
 def test_different_seeds_try_different_examples() -> None:
     subset = stratified_subset(DATA.train.labels, 1000)
     labels = DATA.train.labels[subset]
-    one, other = (draw(SPEC, T3, labels, np.random.default_rng(seed)) for seed in (1, 2))
+    orders = [np.random.default_rng(seed).permutation(len(labels)) for seed in (1, 2)]
+    one, other = (draw(SPEC, T3, labels, order) for order in orders)
     assert one is not None and other is not None
     assert set(one.indices) != set(other.indices)
 
 
 def test_guessing_is_worth_the_entropy_of_the_classes_shares() -> None:
     labels = DATA.test.labels
-    sample = draw(SPEC, STEM, labels, np.random.default_rng(0))
+    sample = draw(SPEC, STEM, labels, ORDER)
     assert sample is not None
     share = np.bincount(labels[sample.indices], minlength=10) / len(sample.indices)
     expected = -(share[share > 0] * np.log(share[share > 0])).sum()
     guessed = guesses(SPEC, STEM, labels, sample)
     assert float((torch.from_numpy(sample.weights) * guessed).sum()) == pytest.approx(expected)
-    sample = draw(SPEC, T3, labels, np.random.default_rng(0))
+    sample = draw(SPEC, T3, labels, ORDER)
     assert sample is not None
     part = float((labels == 3).mean())
     guessed = guesses(SPEC, T3, labels, sample)
@@ -255,6 +322,16 @@ def test_late_work_that_counts_for_little_may_be_worse_up_to_a_point() -> None:
     assert judge_loss(found(0.8, 0.5), 1.0) is not None
     assert judge_loss(found(0.8, 0.5), 0.5**10) is None
     assert judge_loss(found(2.0, 0.5), 0.5**10) is not None
+
+
+def test_a_loss_that_is_no_number_is_gross() -> None:
+    sample = Sample(np.arange(8), np.full(8, 1 / 8))
+    good_N = torch.full((8,), 0.5, dtype=torch.float64)
+    for value in (math.inf, math.nan):
+        bad_N = good_N.clone()
+        bad_N[3] = value
+        verdict = judge_loss(compare(bad_N, good_N, sample), 1.0)
+        assert verdict is not None and verdict.gross
 
 
 @given(st.floats(0.0, 10.0), st.floats(0.0, 10.0), st.floats(0.0, 3.0), st.floats(0.0, 1.0))
