@@ -54,6 +54,10 @@ class DeviceTally:
     sent_bytes: int
     #: Leases trained.
     leases: int
+    #: Contributions of others that it has tried, those that it refused, and the part of `macs` for it.
+    tried: int
+    refused: int
+    tried_macs: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,6 +77,9 @@ class Rehearsed:
 class _Spent:
     macs: int = 0
     leases: int = 0
+    tried: int = 0
+    refused: int = 0
+    tried_macs: int = 0
     samples: dict[ShardId, int] = field(default_factory=dict)
 
 
@@ -162,7 +169,13 @@ class Rehearsal:
             model=model["data"],
             devices=tuple(
                 DeviceTally(
-                    macs=spent.macs, samples=spent.samples, sent_bytes=device.sent_bytes, leases=spent.leases
+                    macs=spent.macs,
+                    samples=spent.samples,
+                    sent_bytes=device.sent_bytes,
+                    leases=spent.leases,
+                    tried=spent.tried,
+                    refused=spent.refused,
+                    tried_macs=spent.tried_macs,
                 )
                 for spent, device in zip(self._spent, self._simulation.devices, strict=True)
             ),
@@ -205,8 +218,12 @@ class Rehearsal:
     def check(self, device: Device, trial: Trial) -> Verdict | None:
         """See `simulation.Training`."""
         checked = self._workshops[device.index].check({"trials": [trial_fields(trial)]}, self._blobs)
-        self._spent[device.index].macs += checked["macs"]
         (told,) = checked["verdicts"]
+        spent = self._spent[device.index]
+        spent.macs += checked["macs"]
+        spent.tried_macs += checked["macs"]
+        spent.tried += 1
+        spent.refused += told is not None
         return None if told is None else Verdict(**told)
 
     def sign_again(self, device: Device, contribution: Contribution) -> Contribution:

@@ -132,6 +132,9 @@ def _assembled(
                 "samples": dict(tally.samples),
                 "sent_bytes": tally.sent_bytes,
                 "leases": tally.leases,
+                "tried": tally.tried,
+                "refused": tally.refused,
+                "tried_macs": tally.tried_macs,
             }
             for speed, tally in zip(configuration.speeds, rehearsed.devices, strict=True)
         ],

@@ -60,7 +60,7 @@ def row(
             "peak_rss_bytes": assembled[0]["peak_rss_bytes"],
             "inference_macs_ratio": assembled[0]["inference_macs"] / assembled[0]["dense_inference_macs"],
             "parameters": assembled[0]["parameters"],
-        }
+        } | _trying(assembled)
     if columns.get("A"):
         made["dense_schedule"] = columns["A"][0]["spec"]["schedule"]
     divided = (assembled or columns.get("C") or columns.get("B") or [first])[0]["spec"]
@@ -68,6 +68,17 @@ def row(
     if assembled or columns.get("C"):
         made["saving_one_task"] = _saving_one_task(divided)
     return made
+
+
+def _trying(assembled: Sequence[Result]) -> dict[str, float]:
+    """What trying others' work takes of all computation, and how much is refused of it, all honest."""
+    devices = [device for result in assembled for device in result["devices"]]
+    tried = sum(device["tried"] for device in devices)
+    return {
+        "trying_share": sum(device["tried_macs"] for device in devices)
+        / sum(device["macs"] for device in devices),
+        "refused_share": sum(device["refused"] for device in devices) / max(1, tried),
+    }
 
 
 def _saving_one_task(fields: Mapping[str, Any]) -> float:
