@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 import numpy as np
@@ -76,12 +77,27 @@ class Judge:
         if found is None:
             return None
         weight = STALENESS_DISCOUNT ** min(trial.behind, STALENESS_MAX)
-        return judge_loss(found, weight, stem=trial.contribution.shard == STEM)
+        verdict = judge_loss(found, weight, stem=trial.contribution.shard == STEM)
+        if verdict is not None and trial.behind and found.candidate <= self._guessed(trial):
+            return replace(verdict, gross=False, excused=True)
+        return verdict
+
+    def _guessed(self, trial: Trial) -> float:
+        """The mean loss of guessing on the examples that a contribution is tried on.
+
+        Late work is held to that, because what it began with may not be here any more.
+        """
+        shard = trial.contribution.shard
+        sample = self._sample(shard, _present(trial))
+        if sample is None:
+            return -math.inf
+        guessed_N = guesses(self._spec, shard, self._data.labels, sample)
+        return float((torch.from_numpy(sample.weights) * guessed_N).sum())
 
     def compare(self, trial: Trial, tensors: ShardTensors, decode: Decode) -> Comparison | None:
         """Its losses and its reference's; None if this device cannot judge."""
         shard = trial.contribution.shard
-        present = tuple(count > 0 for count in trial.class_counts or ())
+        present = _present(trial)
         sample = self._sample(shard, present)
         if sample is None:
             return None
@@ -137,6 +153,11 @@ class Judge:
         self._head_macs += len(sample.indices) * cost.head_macs(self._spec, shard)
         labels = self._data.labels[sample.indices]
         return losses_by_example(self._spec, shard, state.tensors, features_N, labels)
+
+
+def _present(trial: Trial) -> tuple[bool, ...]:
+    """Of each class, whether the author has examples; empty: unknown."""
+    return tuple(count > 0 for count in trial.class_counts or ())
 
 
 @dataclass(frozen=True, slots=True)

@@ -32,11 +32,11 @@ from . import allotment, limits
 from .allotment import DeviceView, ShardView
 from .claims import Claims, Proof, Refusal
 from .holdings import Holdings, Want
-from .ledger import Contribution, Ledger, states_digest
+from .ledger import VOTE_STALENESS_MAX, Contribution, Ledger, states_digest
 from .plans import Advert, Claim, CoordinatorSettings, JobPlan, RecordFields, ShardJob, Trial
 from .presence import BoardRecord, LeaseTimes, Presence, Sighting
 from .run import STEM, DeviceId, RunSpec, ShardId
-from .trust import Opinions, Verdict, accused, can_tell, is_household, outvoted
+from .trust import Opinions, Verdict, accused, can_tell, is_household, outvoted, work
 
 __all__ = [
     "Advert",
@@ -122,6 +122,8 @@ class Coordinator:
         self._leases: tuple[ShardId, ...] = ()
         self._known_holders: dict[ShardId, frozenset[DeviceId]] = {}
         self._parents: frozenset[str] = frozenset()
+        #: Of what the lease in progress on the stem will make; 0: it is on none.
+        self._stem_generation = 0
         self._claimed_at = 0.0
         self._lease_times = LeaseTimes()
         self._idle_since: float | None = None
@@ -485,19 +487,35 @@ class Coordinator:
         self._phase = _Phase.TRAINING
         self._parents = frozenset(entry.tensors_digest for start in starts.values() for entry in start)
         stem = () if self._leases == (STEM,) else starts[STEM]
+        jobs = tuple(self._shard_job(shard, starts[shard], held, now) for shard in self._leases)
+        self._stem_generation = jobs[0].generation if self._leases == (STEM,) else 0
         return JobPlan(
-            shards=tuple(self._shard_job(shard, starts[shard], held, now) for shard in self._leases),
+            shards=jobs,
             samples=self._lease_samples(min(needs[shard] for shard in self._leases)),
             stem=stem,
             stem_digest="" if self._leases == (STEM,) else states_digest(stem),
         )
 
     def still_needed(self) -> bool:
-        """Whether the lease in progress still serves: some shard of it is not complete.
+        """Whether the lease in progress still serves: some shard of it is not complete, and it has not been
+        overtaken.
 
         When it no longer does, stop the trainer and call `abandoned`.
         """
+        if self._leases == (STEM,) and self._overtaken():
+            return False
         return any(self._believed.samples(shard) < self.spec.budget(shard) for shard in self._leases)
+
+    def _overtaken(self) -> bool:
+        """Whether the stem has moved on so far that this device's lease on it will have no vote.
+
+        As when it began the run, and a faster device has come. On branches late work is worth having, because
+        of the data that are in it; the stem is not its device's to train once a faster one does.
+        """
+        shunned = self._opinions.shunned
+        built_on = [entry for entry in self._relied_on.frontier(STEM) if work(entry) not in shunned]
+        newest = max((entry.generation for entry in built_on), default=0)
+        return self._stem_generation > 0 and newest - self._stem_generation > VOTE_STALENESS_MAX
 
     def finished(self, now: float) -> None:
         """The lease is trained, and its contributions were received: release it."""
@@ -524,6 +542,7 @@ class Coordinator:
         if not self._leases:
             self._phase = _Phase.IDLE
             self._parents = frozenset()
+            self._stem_generation = 0
             self._idle_since = None
 
     def _required(self) -> tuple[ShardId, ...]:

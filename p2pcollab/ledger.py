@@ -29,6 +29,9 @@ Mark = tuple[int, bytes]
 MARK_BYTES: Final = 8
 NOTHING_MERGED: Final = "initial"
 """Digest of a shard that nobody has trained: every device computes its tensors from the run spec."""
+#: A contribution that is more generations behind the newest has no vote where three or more are merged: three
+#: stragglers must not outvote the one that is in front. Its weight is under an eighth anyway.
+VOTE_STALENESS_MAX: Final = 2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -18,7 +18,7 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from .ledger import Contribution, Ledger, states_digest
+from .ledger import VOTE_STALENESS_MAX, Contribution, Ledger, states_digest
 from .run import ShardId
 
 #: Weight of a contribution per generation that it is behind. Nearer to 1, late work pulls the state back by
@@ -30,9 +30,6 @@ STALENESS_MAX: Final = 10
 
 #: From this many contributions on, the mean is trimmed.
 ROBUST_MIN: Final = 3
-#: A contribution that is more generations behind has no vote in it: three stragglers must not outvote the one
-#: that is in front. Its weight is under an eighth anyway.
-VOTE_STALENESS_MAX: Final = 2
 
 _MEAN: Final = "running_mean"
 _VARIANCE: Final = "running_var"

@@ -27,9 +27,12 @@ from p2pcollab.coordinator import (
     WAIT_LEASES,
     Advert,
 )
-from p2pcollab.ledger import states_digest
+from p2pcollab.ledger import VOTE_STALENESS_MAX, states_digest
 from p2pcollab.presence import FORGET_SILENCES, OVERDUE_FACTOR, OVERDUE_UNKNOWN_S, STEM_LEASE_MAX
 from p2pcollab.run import STEM
+from p2pcollab.trust import Verdict
+
+REFUSED = Verdict(reason="worse", gross=False)
 
 # --- liveness ---
 
@@ -503,6 +506,29 @@ def test_lease_in_progress_is_needed_until_all_its_shards_are_complete() -> None
     assert not one.still_needed()
     one.abandoned(1.0)
     assert one.leases == ()
+
+
+def test_lease_on_the_stem_is_given_up_once_it_is_so_late_that_it_has_no_vote() -> None:
+    """As when a slow device began the run, and a fast one has come: all would refuse what it makes."""
+    one = holding((STEM,))
+    start(one, digests(one), 0.0)
+    for generation in range(1, 2 + VOTE_STALENESS_MAX):
+        ahead = contribution(1, {1: generation}, shard=STEM, generation=generation)
+        one.receive([mine(ahead)], 1.0)
+        assert one.still_needed()
+    ahead = contribution(1, {1: 9}, shard=STEM, generation=2 + VOTE_STALENESS_MAX)
+    one.receive([mine(ahead)], 1.0)
+    assert not one.still_needed()
+    # What it does not build on overtakes nobody.
+    one.judged(mine(ahead), REFUSED)
+    assert one.still_needed()
+
+
+def test_lease_on_a_branch_is_worth_having_however_late_it_is() -> None:
+    one = holding((T0,))
+    start(one, digests(one), 0.0)
+    one.receive([mine(contribution(1, {1: 9}, generation=9))], 1.0)
+    assert one.still_needed()
 
 
 @pytest.mark.parametrize(

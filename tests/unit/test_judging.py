@@ -188,6 +188,46 @@ def test_what_mends_a_bad_state_is_accepted_though_guessing_were_better(
     assert verdict((bad,)) is None
 
 
+@pytest.mark.parametrize("shard", [STEM, T3])
+def test_late_honest_work_is_not_built_on_and_held_against_nobody_and_a_late_lie_is(
+    lineages: dict[ShardId, list[ShardTensors]], shard: ShardId
+) -> None:
+    blobs = {}
+
+    def made(author: int, generation: int, tensors: ShardTensors) -> Contribution:
+        entry = contribution(author, {author: generation * LEASE}, shard=shard, generation=generation)
+        blobs[entry.tensors_digest] = tensors
+        return entry
+
+    # Trained on from the last of these states, so that the first lease's is clearly worse.
+    newest_state = lineages[shard][-1]
+    for number in range(LEASES, 3 * LEASES):
+        newest_state = lease(shard, newest_state, lineages[STEM][-1], number)
+    newest = made(1, 3 * LEASES, newest_state)
+    stem = (contribution(9, shard=STEM),) if shard != STEM else ()
+    blobs.update({entry.tensors_digest: lineages[STEM][-1] for entry in stem})
+    judge = Judge(SPEC, DATA.test, torch.device("cpu"), seed=0)
+
+    def verdict(entry: Contribution, behind: int) -> Verdict | None:
+        trial = Trial(contribution=entry, reference=(newest,), stem=stem, behind=behind, class_counts=None)
+        return judge.verdict(trial, blobs[entry.tensors_digest], lambda one: blobs[one.tensors_digest])
+
+    bias = "aux.head.bias" if shard == STEM else "head.bias"
+    worse = lineages[shard][1][bias].clone()
+    worse[0] += 1.0 if shard == STEM else 2.5
+    late = made(2, 1, {**lineages[shard][1], bias: worse})
+    told = verdict(late, behind=1)
+    assert told is not None and told.excused and not told.gross
+    told = verdict(late, behind=0)
+    assert told is not None and not told.excused, "who is not late has no excuse"
+    wrong = {
+        name: -tensor if name.endswith("weight") and "norm" not in name else tensor
+        for name, tensor in newest_state.items()
+    }
+    told = verdict(made(3, 1, wrong), behind=1)
+    assert told is not None and not told.excused
+
+
 def test_each_examples_features_are_computed_once_and_forgotten_when_they_are_too_many(
     lineages: dict[ShardId, list[ShardTensors]], monkeypatch: pytest.MonkeyPatch
 ) -> None:

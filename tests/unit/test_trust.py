@@ -26,6 +26,7 @@ from p2pcollab.trust import (
     chance_of,
     outvoted,
     stands_out,
+    work,
 )
 
 REFUSED = Verdict(reason="worse", gross=False)
@@ -181,13 +182,27 @@ def test_liars_do_not_vouch_for_each_other() -> None:
     assert mine.accused == {device(8), device(9)}
 
 
-def test_one_refused_stem_is_enough_for_a_vote_and_one_refused_branch_is_not() -> None:
+def test_one_refused_stem_makes_nobody_suspected() -> None:
+    """Honest ones go wrong as branches do, and all judges refuse them alike."""
     mine = Opinions()
     for author in (1, 2, 3):
         mine.judge(made(author, 1), None)
     mine.judge(made(4, 1), REFUSED)
     mine.judge(made(5, 1, shard=STEM), REFUSED)
-    assert (mine.accused, mine.distrusted) == ({device(5)}, frozenset())
+    assert mine.accused == frozenset()
+
+
+@pytest.mark.parametrize("shard", [ShardId("t1"), STEM])
+def test_what_is_excused_is_held_against_nobody_and_not_built_on(shard: ShardId) -> None:
+    late = replace(REFUSED, excused=True)
+    mine = Opinions()
+    for author in (1, 2, 3):
+        mine.judge(made(author, 1), None)
+    entries = [made(4, count, shard=shard) for count in range(1, 8)]
+    for entry in entries:
+        assert not mine.judge(entry, late)
+    assert mine.accused == mine.doubted == frozenset()
+    assert mine.shunned == {work(entry) for entry in entries}
 
 
 def test_a_judge_that_knows_nobody_elses_work_votes_against_nobody_for_one_stem() -> None:
