@@ -182,6 +182,18 @@ def test_slow_devices_leave_the_stem_to_the_fast_one_although_its_leases_are_lon
     assert seen[fast.id] >= sum(seen.values()) - scenario.spec.schedule.lease_samples
 
 
+def test_slow_device_that_began_the_stem_gives_it_up_when_a_fast_one_has_overtaken_it() -> None:
+    crowd = (DevicePlan(speed=1600.0, joins_at=8.0), DevicePlan(speed=40.0), DevicePlan(speed=40.0))
+    scenario = Scenario(name="the fast one comes later", spec=run_spec(), devices=crowd, limit_s=10_000.0)
+    simulation = Simulation(scenario, 0)
+    simulation.run()
+    fast, *slow = simulation.devices
+    assert fast.coordinator.ledger.seen(STEM).keys() == {fast.id}
+    assert simulation.outcome.discarded > 0, "none of the slow ones had begun it"
+    seen = [fast.coordinator.ledger.seen(shard) for shard in scenario.spec.shards if shard != STEM]
+    assert all(any(device.id in samples for samples in seen) for device in slow), "they train branches"
+
+
 #: Seeds of `random_scenario` that find the bugs.
 FINDING_SEEDS = {
     "count-twice": 0,
