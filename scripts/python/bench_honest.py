@@ -41,6 +41,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--limit", type=int, help="training images of all devices together")
     parser.add_argument("--epochs", type=float, default=12.0)
     parser.add_argument("--devices", type=int, default=5)
+    parser.add_argument(
+        "--fast", type=float, default=1.0, help="how many times as fast as the others the first device is"
+    )
     parser.add_argument("--classes", type=int, default=0, help="that each device has examples of; 0: all")
     parser.add_argument("--seeds", default="0,1,2,3,4,5,6,7,8,9,10,11", help="separated by commas")
     parser.add_argument("--json", type=Path, help="write all rows into this file")
@@ -93,8 +96,8 @@ def run(options: argparse.Namespace, seed: int) -> dict[str, Any]:
         rehearsal = Watched(
             spec,
             [
-                RehearsedDevice(speed=SPEED, share=Share(index + 1, options.devices))
-                for index in range(options.devices)
+                RehearsedDevice(speed=SPEED * speed, share=Share(index + 1, options.devices))
+                for index, speed in enumerate([options.fast] + [1.0] * (options.devices - 1))
             ],
             source=options.data,
             root=options.data_root,
@@ -106,6 +109,7 @@ def run(options: argparse.Namespace, seed: int) -> dict[str, Any]:
         "seed": seed,
         "devices": options.devices,
         "classes": options.classes,
+        "fast": options.fast,
         "tried": rehearsal.tried.total(),
         "refused": rehearsal.tried[True],
         "accused": rehearsal.accused(),
