@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -41,9 +40,6 @@ Decode = Callable[[Contribution], ShardTensors]
 
 #: Losses of references that are remembered: a reference is compared with several contributions.
 _REFERENCES_KEPT: Final = 64
-#: Of the features that are remembered. AlexNet's of 640 images of 32x32 pixels, all that ten tasks are tried
-#: on, take 20 MiB in bfloat16: those of the stem that branches are tried on, and of the one before it, fit.
-FEATURES_BYTES_MAX: Final = 48 * limits.MIB
 
 
 class Judge:
@@ -89,8 +85,7 @@ class Judge:
         """
         shard = trial.contribution.shard
         sample = self._sample(shard, _present(trial))
-        if sample is None:
-            return -math.inf
+        assert sample is not None, "it was compared on it"
         guessed_N = guesses(self._spec, shard, self._data.labels, sample)
         return float((torch.from_numpy(sample.weights) * guessed_N).sum())
 
@@ -201,7 +196,7 @@ class _Features:
                 self._kept[key] = made[key].clone()
                 self._kept_bytes += made[key].nbytes
             self._kept.move_to_end(key)
-        while self._kept_bytes > FEATURES_BYTES_MAX:
+        while self._kept_bytes > limits.TRIED_FEATURES_BYTES_MAX:
             _, forgotten = self._kept.popitem(last=False)
             self._kept_bytes -= forgotten.nbytes
         return features_N

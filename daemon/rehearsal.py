@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -44,20 +44,20 @@ class RehearsedDevice:
     tasks: frozenset[ShardId] | None = None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True)
 class DeviceTally:
     """What one device has spent."""
 
-    macs: int
+    macs: int = 0
     #: Samples offered to each shard.
-    samples: Mapping[ShardId, int]
-    sent_bytes: int
+    samples: dict[ShardId, int] = field(default_factory=dict)
+    sent_bytes: int = 0
     #: Leases trained.
-    leases: int
+    leases: int = 0
     #: Contributions of others that it has tried, those that it refused, and the part of `macs` for it.
-    tried: int
-    refused: int
-    tried_macs: int
+    tried: int = 0
+    refused: int = 0
+    tried_macs: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,16 +71,6 @@ class Rehearsed:
     seconds: float
     #: Samples of leases that came to nothing, in sum over shards.
     discarded: int
-
-
-@dataclass(slots=True)
-class _Spent:
-    macs: int = 0
-    leases: int = 0
-    tried: int = 0
-    refused: int = 0
-    tried_macs: int = 0
-    samples: dict[ShardId, int] = field(default_factory=dict)
 
 
 class Rehearsal:
@@ -137,7 +127,7 @@ class Rehearsal:
                     tasks=device.tasks,
                 )
             )
-        self._spent = [_Spent() for _ in devices]
+        self._spent = [DeviceTally() for _ in devices]
         self._blobs: dict[str, bytes] = {}
         self._seed = seed
         self._on_lease = on_lease
@@ -168,15 +158,7 @@ class Rehearsal:
         return Rehearsed(
             model=model["data"],
             devices=tuple(
-                DeviceTally(
-                    macs=spent.macs,
-                    samples=spent.samples,
-                    sent_bytes=device.sent_bytes,
-                    leases=spent.leases,
-                    tried=spent.tried,
-                    refused=spent.refused,
-                    tried_macs=spent.tried_macs,
-                )
+                replace(spent, sent_bytes=device.sent_bytes)
                 for spent, device in zip(self._spent, self._simulation.devices, strict=True)
             ),
             seconds=outcome.finished_at,

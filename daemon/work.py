@@ -213,7 +213,7 @@ class Worker:
             self.progress = None
 
     async def _cancel_when_useless(self) -> None:
-        """End the lease early when others have completed all of its shards meanwhile."""
+        """End the lease early when it no longer serves: others have completed its shards, or overtaken it."""
         session = self._session
         while session.coordinator.still_needed():
             await session.news_bell.wait(_LOOK_AGAIN_S)

@@ -502,9 +502,9 @@ class Coordinator:
 
         When it no longer does, stop the trainer and call `abandoned`.
         """
-        if self._leases == (STEM,) and self._overtaken():
-            return False
-        return any(self._believed.samples(shard) < self.spec.budget(shard) for shard in self._leases)
+        return not self._overtaken() and any(
+            self._believed.samples(shard) < self.spec.budget(shard) for shard in self._leases
+        )
 
     def _overtaken(self) -> bool:
         """Whether the stem has moved on so far that this device's lease on it will have no vote.
@@ -512,10 +512,12 @@ class Coordinator:
         As when it began the run, and a faster device has come. On branches late work is worth having, because
         of the data that are in it; the stem is not its device's to train once a faster one does.
         """
+        if not self._stem_generation:
+            return False
         shunned = self._opinions.shunned
         built_on = [entry for entry in self._relied_on.frontier(STEM) if work(entry) not in shunned]
         newest = max((entry.generation for entry in built_on), default=0)
-        return self._stem_generation > 0 and newest - self._stem_generation > VOTE_STALENESS_MAX
+        return newest - self._stem_generation > VOTE_STALENESS_MAX
 
     def finished(self, now: float) -> None:
         """The lease is trained, and its contributions were received: release it."""

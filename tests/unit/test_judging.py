@@ -15,8 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from ledger_examples import contribution
 
-from p2pcollab import cost
-from p2pcollab.daemon import judge as judge_module
+from p2pcollab import cost, limits
 from p2pcollab.daemon.judge import Judge
 from p2pcollab.data import ArrayDataset, inspect, load
 from p2pcollab.data.batches import batches, eval_batches
@@ -81,6 +80,42 @@ def losses(shard: ShardId, tensors: ShardTensors, stem: ShardTensors, sample: Sa
     images = eval_batches(DATA.test.subset(sample.indices), SPEC)
     features_N = features_by_example(SPEC, tensors if shard == STEM else stem, images)
     return losses_by_example(SPEC, shard, tensors, features_N, DATA.test.labels[sample.indices])
+
+
+class Court:
+    """A judge whose own examples are the digits' test images, and what is brought before it."""
+
+    def __init__(self, lineages: dict[ShardId, list[ShardTensors]]) -> None:
+        self.judge = Judge(SPEC, DATA.test, torch.device("cpu"), seed=0)
+        self._tensors: dict[str, ShardTensors] = {}
+        #: What branches are tried on.
+        self.stem = self.made(9, LEASES * LEASE, STEM, lineages[STEM][-1])
+
+    def made(self, author: int, samples: int, shard: ShardId, tensors: ShardTensors) -> Contribution:
+        entry = contribution(author, {author: samples}, shard=shard)
+        self._tensors[entry.tensors_digest] = tensors
+        return entry
+
+    def _trial(self, entry: Contribution, reference: tuple[Contribution, ...], behind: int) -> Trial:
+        stem = () if entry.shard == STEM else (self.stem,)
+        return Trial(contribution=entry, reference=reference, stem=stem, behind=behind, class_counts=None)
+
+    def _decode(self, entry: Contribution) -> ShardTensors:
+        return self._tensors[entry.tensors_digest]
+
+    def verdict(self, entry: Contribution, *reference: Contribution, behind: int = 0) -> Verdict | None:
+        return self.judge.verdict(self._trial(entry, reference, behind), self._decode(entry), self._decode)
+
+    def compare(self, entry: Contribution, *reference: Contribution) -> Comparison | None:
+        return self.judge.compare(self._trial(entry, reference, 0), self._decode(entry), self._decode)
+
+
+def biased(state: ShardTensors, shift: float) -> ShardTensors:
+    """The same state, but for a leaning to its first class."""
+    (name,) = {"aux.head.bias", "head.bias"} & state.keys()
+    bias = state[name].clone()
+    bias[0] += shift
+    return {**state, name: bias}
 
 
 def reason(
@@ -160,116 +195,74 @@ def test_what_mends_a_bad_state_is_accepted_though_guessing_were_better(
     lineages: dict[ShardId, list[ShardTensors]], shard: ShardId
 ) -> None:
     """Honest leases leave such states at times. Where nothing is to compare with, guessing decides."""
-    blobs = {}
-
-    def made(author: int, count: int, tensors: ShardTensors) -> Contribution:
-        entry = contribution(author, {author: count}, shard=shard)
-        blobs[entry.tensors_digest] = tensors
-        return entry
-
-    # They take nearly everything for their first class, the one more than the other.
-    bias = "aux.head.bias" if shard == STEM else "head.bias"
-    first = torch.zeros_like(lineages[shard][-1][bias])
-    first[0] = 1.0
-    bad_state, after = (
-        {**lineages[shard][-1], bias: lineages[shard][-1][bias] + shift * first} for shift in (40.0, 20.0)
-    )
-    judge = Judge(SPEC, DATA.test, torch.device("cpu"), seed=0)
+    court = Court(lineages)
     late = SPEC.budget(shard)
-    bad, better = made(1, late, bad_state), made(2, late, after)
-    stem = (contribution(9, shard=STEM),) if shard != STEM else ()
-    blobs.update({entry.tensors_digest: lineages[STEM][-1] for entry in stem})
-
-    def verdict(reference: tuple[Contribution, ...]) -> Verdict | None:
-        trial = Trial(contribution=better, reference=reference, stem=stem, behind=0, class_counts=None)
-        return judge.verdict(trial, after, lambda entry: blobs[entry.tensors_digest])
-
-    assert verdict(()) is not None
-    assert verdict((bad,)) is None
+    # They take nearly everything for their first class, the one more than the other.
+    bad = court.made(1, late, shard, biased(lineages[shard][-1], 40.0))
+    better = court.made(2, late, shard, biased(lineages[shard][-1], 20.0))
+    assert court.verdict(better) is not None
+    assert court.verdict(better, bad) is None
 
 
 @pytest.mark.parametrize("shard", [STEM, T3])
 def test_late_honest_work_is_not_built_on_and_held_against_nobody_and_a_late_lie_is(
     lineages: dict[ShardId, list[ShardTensors]], shard: ShardId
 ) -> None:
-    blobs = {}
-
-    def made(author: int, generation: int, tensors: ShardTensors) -> Contribution:
-        entry = contribution(author, {author: generation * LEASE}, shard=shard, generation=generation)
-        blobs[entry.tensors_digest] = tensors
-        return entry
-
+    court = Court(lineages)
     # Trained on from the last of these states, so that the first lease's is clearly worse.
     newest_state = lineages[shard][-1]
     for number in range(LEASES, 3 * LEASES):
         newest_state = lease(shard, newest_state, lineages[STEM][-1], number)
-    newest = made(1, 3 * LEASES, newest_state)
-    stem = (contribution(9, shard=STEM),) if shard != STEM else ()
-    blobs.update({entry.tensors_digest: lineages[STEM][-1] for entry in stem})
-    judge = Judge(SPEC, DATA.test, torch.device("cpu"), seed=0)
-
-    def verdict(entry: Contribution, behind: int) -> Verdict | None:
-        trial = Trial(contribution=entry, reference=(newest,), stem=stem, behind=behind, class_counts=None)
-        return judge.verdict(trial, blobs[entry.tensors_digest], lambda one: blobs[one.tensors_digest])
-
-    bias = "aux.head.bias" if shard == STEM else "head.bias"
-    worse = lineages[shard][1][bias].clone()
-    worse[0] += 1.0 if shard == STEM else 2.5
-    late = made(2, 1, {**lineages[shard][1], bias: worse})
-    told = verdict(late, behind=1)
+    newest = court.made(1, 3 * LEASES * LEASE, shard, newest_state)
+    late = court.made(2, LEASE, shard, biased(lineages[shard][1], 1.0 if shard == STEM else 2.5))
+    told = court.verdict(late, newest, behind=1)
     assert told is not None and told.excused and not told.gross
-    told = verdict(late, behind=0)
+    told = court.verdict(late, newest)
     assert told is not None and not told.excused, "who is not late has no excuse"
     wrong = {
         name: -tensor if name.endswith("weight") and "norm" not in name else tensor
         for name, tensor in newest_state.items()
     }
-    told = verdict(made(3, 1, wrong), behind=1)
+    told = court.verdict(court.made(3, LEASE, shard, wrong), newest, behind=1)
     assert told is not None and not told.excused
 
 
 def test_each_examples_features_are_computed_once_and_forgotten_when_they_are_too_many(
     lineages: dict[ShardId, list[ShardTensors]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    blobs = {}
-    entries: dict[ShardId, list[Contribution]] = {STEM: [], T3: []}
-    for shard, states in lineages.items():
-        for count, tensors in enumerate(states, start=1):
-            entries[shard].append(contribution(1, {1: count * LEASE}, shard=shard))
-            blobs[entries[shard][-1].tensors_digest] = tensors
+    def told() -> list[tuple[Comparison, int]]:
+        """What a new judge finds, and what each trial costs it."""
+        court = Court(lineages)
+        entries = {
+            shard: [court.made(1, count * LEASE, shard, state) for count, state in enumerate(states, start=1)]
+            for shard, states in lineages.items()
+        }
+        found = []
+        for shard, number, stem in [(STEM, 1, 0), (T3, 1, 1), (T3, 2, 1), (STEM, 2, 0), (T3, 2, 2)]:
+            court.stem = entries[STEM][stem]
+            before = court.judge.macs
+            comparison = court.compare(entries[shard][number], entries[shard][number - 1])
+            assert comparison is not None
+            found.append((comparison, court.judge.macs - before))
+        return found
 
-    def compared(judge: Judge, shard: ShardId, number: int, stem: int) -> tuple[Comparison, int]:
-        before = judge.macs
-        trial = Trial(
-            contribution=entries[shard][number],
-            reference=(entries[shard][number - 1],),
-            stem=() if shard == STEM else (entries[STEM][stem],),
-            behind=0,
-            class_counts=None,
-        )
-        found = judge.compare(trial, lineages[shard][number], lambda entry: blobs[entry.tensors_digest])
-        assert found is not None
-        return found, judge.macs - before
-
-    judge = Judge(SPEC, DATA.test, torch.device("cpu"), seed=0)
-    trials = [(STEM, 1, 0), (T3, 1, 1), (T3, 2, 1), (STEM, 2, 0), (T3, 2, 2)]
-    told = [compared(judge, *trial) for trial in trials]
-    samples = {shard: draw(SPEC, shard, DATA.test.labels, ORDER) for shard in entries}
+    samples = {shard: draw(SPEC, shard, DATA.test.labels, ORDER) for shard in (STEM, T3)}
     counts = {shard: len(sample.indices) for shard, sample in samples.items() if sample is not None}
     heads = {shard: 2 * count * cost.head_macs(SPEC, shard) for shard, count in counts.items()}
     stem_pass = counts[STEM] * cost.macs_stem(SPEC)
-    assert told[0][1] == 2 * stem_pass + heads[STEM]
+    remembered = told()
+    macs = [spent for _, spent in remembered]
+    assert macs[0] == 2 * stem_pass + heads[STEM]
     # A branch on a stem that was tried: what is missing are examples of its own classes, and once only.
-    assert told[1][1] - heads[T3] < stem_pass / 2
-    assert told[2][1] == heads[T3]
+    assert macs[1] - heads[T3] < stem_pass / 2
+    assert macs[2] == heads[T3]
     # The stem that it is compared with was tried before.
-    assert told[3][1] == stem_pass + heads[STEM]
+    assert macs[3] == stem_pass + heads[STEM]
     # Without room nothing is remembered, and everything is found as before.
-    monkeypatch.setattr(judge_module, "FEATURES_BYTES_MAX", 0)
-    forgetful = Judge(SPEC, DATA.test, torch.device("cpu"), seed=0)
-    again = [compared(forgetful, *trial) for trial in trials]
-    assert [found for found, _ in again] == [found for found, _ in told]
-    assert sum(macs for _, macs in again) > sum(macs for _, macs in told) + 2 * stem_pass
+    monkeypatch.setattr(limits, "TRIED_FEATURES_BYTES_MAX", 0)
+    again = told()
+    assert [found for found, _ in again] == [found for found, _ in remembered]
+    assert sum(spent for _, spent in again) > sum(macs) + 2 * stem_pass
 
 
 # What a device can judge

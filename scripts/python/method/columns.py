@@ -6,6 +6,7 @@ import multiprocessing
 import statistics
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Final
 
@@ -126,16 +127,7 @@ def _assembled(
         "accuracy": accuracy(loaded.model, eval_batches(data.test, spec), device, autocast_for(device, spec)),
         "macs": sum(tally.macs for tally in rehearsed.devices),
         "devices": [
-            {
-                "speed": speed,
-                "macs": tally.macs,
-                "samples": dict(tally.samples),
-                "sent_bytes": tally.sent_bytes,
-                "leases": tally.leases,
-                "tried": tally.tried,
-                "refused": tally.refused,
-                "tried_macs": tally.tried_macs,
-            }
+            {"speed": speed, **asdict(tally)}
             for speed, tally in zip(configuration.speeds, rehearsed.devices, strict=True)
         ],
         "discarded": rehearsed.discarded,
