@@ -166,7 +166,8 @@ def plot(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
 
     matplotlib.rcParams["svg.hashsalt"] = "p2pcollab"
     figure, axes = plt.subplots(figsize=(8.0, 8.0))
-    axes.set_prop_cycle(color=plt.get_cmap("tab20").colors)  # more rows than the usual ten colours
+    colours = plt.get_cmap("tab20")  # more rows than the usual ten colours
+    axes.set_prop_cycle(color=[colours(index) for index in range(colours.N)])
     for one in rows:
         column, saving = ("D", "saving_max") if one.get("D_mean") is not None else ("C", "saving_one_task")
         if any(one.get(key) is None for key in ("A_mean", f"{column}_mean", saving)):
