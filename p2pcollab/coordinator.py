@@ -23,20 +23,20 @@ from __future__ import annotations
 
 import enum
 import random
-from collections import deque
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from typing import Any, Final
 
 from . import allotment, limits
 from .allotment import DeviceView, ShardView
-from .claims import Claims, Proof, Refusal
+from .belief import Belief
+from .claims import Proof, Refusal
 from .holdings import Holdings, Want
 from .ledger import VOTE_STALENESS_MAX, Contribution, Ledger, states_digest
 from .plans import Advert, Claim, CoordinatorSettings, JobPlan, RecordFields, ShardJob, Trial
 from .presence import BoardRecord, LeaseTimes, Presence, Sighting
 from .run import STEM, DeviceId, RunSpec, ShardId
-from .trust import Opinions, Verdict, accused, can_tell, is_household, outvoted, work
+from .trust import Verdict, can_tell, work
 
 __all__ = [
     "Advert",
@@ -99,24 +99,9 @@ class Coordinator:
         self._rng = rng
         self._shards = spec.shards
         self._run_id = spec.run_id
-        self._ledger = Ledger()
-        #: Whose claims hold and whose tensors are not malformed.
-        self._holding = Ledger()
-        #: Those without what devices have made that do not count.
-        self._believed = Ledger()
-        #: What this device builds on, but for single contributions that it refuses.
-        self._relied_on = Ledger()
-        self._opinions = Opinions()
-        self._outvoted: frozenset[DeviceId] = frozenset()
-        self._suspended: deque[Refusal] = deque(maxlen=limits.REFUSALS_SHOWN_MAX)
-        self._claims = Claims(
-            device,
-            # A lease ends on a whole batch.
-            lease_samples_max=spec.schedule.lease_samples + spec.schedule.batch_size,
-            patience_s=settings.replication.write_off_s,
-        )
         self._presence = Presence(device, settings.silence_s)
         self._holdings = Holdings(device, settings.replication)
+        self._belief = Belief(spec, device, self._holdings, settings.replication.write_off_s)
         self._beat = self._sequence = first_beat
         self._phase = _Phase.IDLE
         self._leases: tuple[ShardId, ...] = ()
@@ -143,12 +128,12 @@ class Coordinator:
                 self._beat = record.beat
                 self._sequence = max(self._sequence, record.lease_sequence)
         self._presence.observe(records[: limits.DEVICES_MAX], now)
-        self._believe(now)
+        self._belief.settle(frozenset(self.live(now)), now)
 
     def hear(self, records: Sequence[BoardRecord], now: float) -> None:
         """Take in records of other devices that came by another way than a reading of the board."""
         self._presence.hear(records[: limits.DEVICES_MAX], now)
-        self._believe(now)
+        self._belief.settle(frozenset(self.live(now)), now)
 
     def live(self, now: float) -> tuple[DeviceId, ...]:
         """The devices that are alive, this one included, sorted."""
@@ -180,9 +165,9 @@ class Coordinator:
             leases=self._leases,
             lease_sequence=self._sequence,
             progress=tuple(
-                (shard, self._believed.generation(shard), samples)
+                (shard, self._belief.counted.generation(shard), samples)
                 for shard in self._shards
-                if (samples := self._believed.samples(shard)) > 0
+                if (samples := self._belief.counted.samples(shard)) > 0
             ),
         )
 
@@ -204,17 +189,17 @@ class Coordinator:
     @property
     def ledger(self) -> Ledger:
         """All contributions that this device has heard of: what gossip makes equal on all devices."""
-        return self._ledger
+        return self._belief.heard
 
     @property
     def believed(self) -> Ledger:
         """Those of them that count: leases start from them, and assemblies are made of them (`claims`)."""
-        return self._believed
+        return self._belief.counted
 
     @property
     def complete(self) -> bool:
         """Whether every shard has seen its budget."""
-        return self._believed.complete(self.spec)
+        return self._belief.counted.complete(self.spec)
 
     def receive(self, contributions: Iterable[Contribution], now: float) -> tuple[Contribution, ...]:
         """Take in contributions: of peers (their signatures verified), own ones, or those of the store.
@@ -222,55 +207,7 @@ class Coordinator:
         Returns:
             Those that were new, to be stored and passed on.
         """
-        new: dict[tuple[ShardId, DeviceId], Contribution] = {}
-        for contribution in contributions:
-            if contribution.run_id != self._run_id or contribution.shard not in self._shards:
-                continue
-            held = new.get(contribution.key) or self._ledger.get(*contribution.key)
-            if held is not None:
-                self.convict((held, contribution))
-            if held is None or contribution.newer_than(held):
-                self._claims.hear(contribution, now)
-                self._opinions.heard(contribution, now)
-                new[contribution.key] = contribution
-        before = self._ledger
-        self._ledger = before.add_all(new.values())
-        if self._outvoted or any(entry.distrusts for entry in new.values()):
-            self._outvoted = outvoted(self._ledger)
-        self._believe(now)
-        return tuple(new.values())
-
-    def _believe(self, now: float) -> None:
-        """Let in what was held back and is not any more."""
-        believed = self._claims.settle(frozenset(self.live(now)), now)
-        for contribution in believed:
-            held = self._holding.get(*contribution.key)
-            if held is None or contribution.newer_than(held):
-                self._holdings.notice(contribution, held, now)
-            if self.distrusts(contribution.device):
-                reason = self._opinions.reason(contribution.device) or "other devices distrust its device"
-                self._suspended.append(Refusal(contribution=contribution, reason=reason))
-        self._holding = self._holding.add_all(believed)
-        self._count()
-
-    def _count(self) -> None:
-        """What counts now. Its own work a device always counts, or it would use a count twice."""
-        out = self._outvoted - {self.device}
-        self._believed = self._holding.without_devices(out) if out else self._holding
-        self._holdings.notice_stem(self._believed.frontier(STEM))
-        doubted = self._opinions.accused - out
-        self._relied_on = self._believed.without_devices(doubted) if doubted else self._believed
-
-    def _disbelieve(self, contributions: Iterable[Contribution]) -> None:
-        """These no longer count. What they had claimed to contain counts again."""
-        for entry in contributions:
-            if self._holding.get(*entry.key) == entry:
-                earlier = self._holdings.restore(entry)
-                self._holding = self._holding.without(entry)
-                if earlier is not None:
-                    self._holding = self._holding.add(earlier)
-            self._holdings.withdraw(entry)
-        self._count()
+        return self._belief.receive(contributions, frozenset(self.live(now)), now)
 
     def judged(self, contribution: Contribution, verdict: Verdict | None) -> None:
         """A contribution's tensors were tried.
@@ -278,30 +215,14 @@ class Coordinator:
         What is malformed does not count any more; what is only refused is not built on here. It stays in
         the ledger, so that nobody brings it again.
         """
-        accused_before = self._opinions.accused
-        fair, at_home = self._fair(contribution.device), is_household(self._ledger)
-        samples = sum(count for _, count in contribution.seen)
-        progress = samples / self.spec.budget(contribution.shard)
-        caught = self._opinions.judge(contribution, verdict, progress=progress, fair=fair, at_home=at_home)
-        if verdict is not None and verdict.malformed:
-            self._disbelieve([contribution])
-        else:
-            self._holdings.arrived(contribution)
-        if caught:
-            reason = f"its device is distrusted: {self._opinions.reason(contribution.device)}"
-            self._suspended.append(Refusal(contribution=contribution, reason=reason))
-        if self._opinions.accused != accused_before:
-            self._count()
-
-    def _fair(self, device: DeviceId) -> bool:
-        """Whether this device may hold its refusals against another one."""
-        record = self._presence.record(device)
-        return can_tell(self.advert.class_counts, record.class_counts if record is not None else ())
+        record = self._presence.record(contribution.device)
+        fair = can_tell(self.advert.class_counts, record.class_counts if record is not None else ())
+        self._belief.judged(contribution, verdict, fair=fair)
 
     @property
     def accused(self) -> tuple[DeviceId, ...]:
         """Devices that this one has caught lying or suspects of it, to be named in its contributions."""
-        return accused(self._opinions.accused)
+        return self._belief.accused
 
     @property
     def unvoiced(self) -> Contribution | None:
@@ -310,48 +231,37 @@ class Coordinator:
         Signed again with `accused`, it tells the others without waiting for a lease. At the end of a run
         there is none, and the last lie would stay.
         """
-        own = [entry for shard in self._shards if (entry := self._ledger.get(shard, self.device))]
-        if not own or set(self.accused) <= {device for entry in own for device in entry.distrusts}:
-            return None
-        return max(own, key=lambda entry: (entry.generation, entry.shard))
+        return self._belief.unvoiced
 
     @property
     def opinions(self) -> dict[str, Any]:
         """What this device has refused and whom it distrusts, to be kept over a restart."""
-        return self._opinions.to_json()
+        return self._belief.opinions
 
     def restore_opinions(self, kept: object) -> None:
         """Take back `opinions` of an earlier life."""
-        self._opinions.restore(kept)
-        self._count()
+        self._belief.restore_opinions(kept)
 
     def refusals(self) -> tuple[Refusal, ...]:
         """Contributions that were found not to count since the last call, for people."""
-        told = (*self._claims.take_refusals(), *self._suspended)
-        self._suspended.clear()
-        return told
+        return self._belief.take_refusals()
 
     def convict(self, proof: Proof) -> bool:
         """Look at what is said to prove that a device lies; whether that is so, and news."""
-        if not self._claims.witness(*proof):
-            return False
-        self._disbelieve(proof)
-        return True
+        return self._belief.convict(proof)
 
     def distrusts(self, device: DeviceId) -> bool:
         """Whether this device does not rely on another one: it was caught, here or by several others."""
-        return device != self.device and (
-            self._claims.distrusts(device) or device in self._outvoted or device in self._opinions.distrusted
-        )
+        return self._belief.distrusts(device)
 
     @property
     def proofs(self) -> tuple[Proof, ...]:
         """What proves that devices equivocate: to be passed on to all, and kept."""
-        return self._claims.proofs
+        return self._belief.proofs
 
     def named(self, shard: ShardId, digest: str) -> tuple[Contribution, ...]:
         """The contributions of others to a shard that are known to have these tensors."""
-        found = self._holdings.named(self._holding, shard, digest)
+        found = self._holdings.named(self._belief.holding, shard, digest)
         return tuple(entry for entry in found if entry.device != self.device)
 
     def trial(self, contribution: Contribution, held: AbstractSet[str], now: float) -> Trial:
@@ -362,10 +272,10 @@ class Coordinator:
         been trained: half of the honest branches that were refused had been tried on another one.
         """
         shard = contribution.shard
-        reference = self._holdings.without(self._relied_on, contribution, held, self._opinions.shunned)
+        reference = self._holdings.without(self._belief.built_on, contribution, held, self._belief.shunned)
         stem: tuple[Contribution, ...] = ()
         if shard != STEM:
-            own = self._holdings.stem(contribution.stem_digest, held, self._opinions.shunned)
+            own = self._holdings.stem(contribution.stem_digest, held, self._belief.shunned)
             stem = self._newest_stem(held, now) if own is None else own
         newest = max((entry.generation for entry in reference), default=0)
         record = self._presence.live(now).get(contribution.device)
@@ -389,14 +299,7 @@ class Coordinator:
         lost. So all devices drop the same, whatever each had heard before it heard of this.
         """
         self._presence.drop(devices)
-        gone = [entry for entry in self._ledger.entries.values() if entry.device in devices]
-        self._ledger = self._ledger.without_devices(frozenset(devices))
-        self._holding = self._holding.without_devices(frozenset(devices))
-        for entry in gone:
-            self._holdings.restore(entry)
-        self._claims.forget(frozenset(devices))
-        self._outvoted = outvoted(self._ledger) if self._outvoted else self._outvoted
-        self._count()
+        self._belief.forget(devices)
 
     # --- work ---
 
@@ -503,7 +406,7 @@ class Coordinator:
         When it no longer does, stop the trainer and call `abandoned`.
         """
         return not self._overtaken() and any(
-            self._believed.samples(shard) < self.spec.budget(shard) for shard in self._leases
+            self._belief.counted.samples(shard) < self.spec.budget(shard) for shard in self._leases
         )
 
     def _overtaken(self) -> bool:
@@ -514,8 +417,8 @@ class Coordinator:
         """
         if not self._stem_generation:
             return False
-        shunned = self._opinions.shunned
-        built_on = [entry for entry in self._relied_on.frontier(STEM) if work(entry) not in shunned]
+        shunned = self._belief.shunned
+        built_on = [entry for entry in self._belief.built_on.frontier(STEM) if work(entry) not in shunned]
         newest = max((entry.generation for entry in built_on), default=0)
         return newest - self._stem_generation > VOTE_STALENESS_MAX
 
@@ -554,18 +457,18 @@ class Coordinator:
     def _start(
         self, shard: ShardId, held: AbstractSet[str], live: AbstractSet[DeviceId], now: float
     ) -> tuple[Contribution, ...]:
-        return self._holdings.start(self._relied_on, shard, held, live, now, self._opinions.shunned)
+        return self._holdings.start(self._belief.built_on, shard, held, live, now, self._belief.shunned)
 
     def _shard_job(
         self, shard: ShardId, parents: tuple[Contribution, ...], held: AbstractSet[str], now: float
     ) -> ShardJob:
-        written_off = list(self._holdings.written_off(self._believed, shard, held, now))
-        own = self._believed.get(shard, self.device)
+        written_off = list(self._holdings.written_off(self._belief.counted, shard, held, now))
+        own = self._belief.counted.get(shard, self.device)
         if own is not None and own.tensors_digest not in held and own not in written_off:
             # This device has lost its own work, say to a damaged disk. Its count must rise all the same:
             # to use a count for two different contributions is equivocation.
             written_off.append(own)
-        samples = self._believed.samples(shard)
+        samples = self._belief.counted.samples(shard)
         return ShardJob(
             shard=shard,
             parents=parents,
@@ -578,21 +481,21 @@ class Coordinator:
         """Samples of a lease: whole batches, rounded down before the gate and up before the end."""
         batch = self.spec.schedule.batch_size
         samples = min(self.spec.schedule.lease_samples, need)
-        gated = STEM not in self._leases and self._believed.samples(STEM) < self.spec.budget(STEM)
+        gated = STEM not in self._leases and self._belief.counted.samples(STEM) < self.spec.budget(STEM)
         if gated and samples >= batch:
             return samples // batch * batch
         return -(-samples // batch) * batch
 
     def _samples(self) -> Mapping[ShardId, int]:
-        return {shard: self._believed.samples(shard) for shard in self._shards}
+        return {shard: self._belief.counted.samples(shard) for shard in self._shards}
 
     def _shard_views(self) -> list[ShardView]:
         return [
             ShardView(
                 shard=shard,
-                samples=self._believed.samples(shard),
-                generation=self._believed.generation(shard),
-                visits=self._believed.seen(shard),
+                samples=self._belief.counted.samples(shard),
+                generation=self._belief.counted.generation(shard),
+                visits=self._belief.counted.seen(shard),
             )
             for shard in self._shards
         ]
@@ -659,7 +562,7 @@ class Coordinator:
 
         A record can promise what its device does not have: it decides whom to ask, and nothing else.
         """
-        behind = {shard: self._ledger.samples(shard) for shard in shards}
+        behind = {shard: self._belief.heard.samples(shard) for shard in shards}
         ahead = []
         for device, record in self._presence.live(now).items():
             for shard, _, samples in record.progress:
@@ -683,7 +586,7 @@ class Coordinator:
                 first = self._references(start, held, live, now)
                 wants += self._holdings.want(first or start, held, live, now, needed=True)
         named = {want.digest for want in wants}
-        quota = self._holdings.quota(self._believed, self._shards, held, live, now)
+        quota = self._holdings.quota(self._belief.counted, self._shards, held, live, now)
         quota = list(dict.fromkeys((*quota, *self._evidence(held, live, now))))
         replicas = self._holdings.want(quota, held, live, now, needed=False)
         return (*wants, *(want for want in replicas if want.digest not in named))
@@ -694,10 +597,10 @@ class Coordinator:
         """What a device that can judge fetches to judge by, and to be judged."""
         if not any(self.advert.class_counts):
             return
-        yield from self._believed.frontier(STEM)
-        doubted = self._opinions.doubted - self._outvoted
+        yield from self._belief.counted.frontier(STEM)
+        doubted = self._belief.doubted
         for shard in self._shards:
-            for entry in self._believed.frontier(shard):
+            for entry in self._belief.counted.frontier(shard):
                 if entry.device in doubted:
                     yield from self._references((entry,), held, live, now) or (entry,)
 
@@ -707,8 +610,8 @@ class Coordinator:
         """What is to be fetched before a lease's start, to judge that by."""
         if not any(self.advert.class_counts):
             return ()
-        shunned = self._opinions.shunned
-        return self._holdings.references(self._relied_on, start, held, live, now, shunned)
+        shunned = self._belief.shunned
+        return self._holdings.references(self._belief.built_on, start, held, live, now, shunned)
 
     def harvest(self, held: AbstractSet[str], now: float) -> tuple[Want, ...]:
         """Tensors to fetch before the global model can be put together: every frontier, and what takes its
@@ -717,8 +620,8 @@ class Coordinator:
         live = frozenset(self.live(now))
         entries: list[Contribution] = []
         for shard in self._shards:
-            frontier = self._believed.frontier(shard)
-            instead = self._holdings.sought(self._believed, shard, held, live, now)
+            frontier = self._belief.counted.frontier(shard)
+            instead = self._holdings.sought(self._belief.counted, shard, held, live, now)
             entries += dict.fromkeys((*frontier, *instead))
         return tuple(self._holdings.want(entries, held, live, now, needed=True))
 
@@ -727,17 +630,17 @@ class Coordinator:
 
         What this device does not build on is part of it, or devices would assemble different models.
         """
-        return self._holdings.here(self._believed, shard, held)
+        return self._holdings.here(self._belief.counted, shard, held)
 
     def authors(self, shard: ShardId, digest: str) -> tuple[DeviceId, ...]:
         """The devices that are known to have made these tensors."""
-        return tuple(entry.device for entry in self._holdings.named(self._holding, shard, digest))
+        return tuple(entry.device for entry in self._holdings.named(self._belief.holding, shard, digest))
 
     def newest_here(self, shard: ShardId, device: DeviceId, held: AbstractSet[str]) -> Contribution | None:
         """The newest of a device's contributions to a shard whose tensors are here: for those to whom this
         device could not give what came after it.
         """
-        return self._holdings.newest_here(self._holding, (shard, device), held)
+        return self._holdings.newest_here(self._belief.holding, (shard, device), held)
 
     def offered(self, contribution: Contribution, held: AbstractSet[str], now: float) -> bool:
         """Another device has these tensors, of an author of whom it lacks newer ones; whether that is news.
@@ -746,7 +649,7 @@ class Coordinator:
         """
         if contribution.run_id != self._run_id:
             return False
-        return self._holdings.offer(self._holding, contribution, held, frozenset(self.live(now)), now)
+        return self._holdings.offer(self._belief.holding, contribution, held, frozenset(self.live(now)), now)
 
     def ask_again(self) -> None:
         """What devices lacked a while ago they may have now: believe no earlier refusal."""
@@ -760,7 +663,7 @@ class Coordinator:
         """How much of each kind is kept in memory: all of it is bounded by devices times shards."""
         replaced, digests = self._holdings.remembered()
         return {
-            "entries": len(self._ledger),
+            "entries": len(self._belief.heard),
             "replaced": replaced,
             "digests": digests,
             "devices": len(self._presence),
@@ -770,4 +673,4 @@ class Coordinator:
         """Digests that must not be thrown away: frontiers, what came before them, the newest of what is held,
         and the lease's parents.
         """
-        return self._parents | self._holdings.keep(self._believed, self._shards, held)
+        return self._parents | self._holdings.keep(self._belief.counted, self._shards, held)
