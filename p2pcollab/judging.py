@@ -122,7 +122,7 @@ def features_by_example(
     """What a stem makes of each image: [N, channels, height, width] in the arithmetic of training, on the
     device.
     """
-    stem = restore_stem(spec, stem_tensors).to(device).to(memory_format=torch.channels_last).eval()
+    stem = restore_stem(spec, stem_tensors).frozen().to(device).to(memory_format=torch.channels_last)
     with torch.inference_mode(), autocast_for(device, spec):
         made = [stem(images.to(device, memory_format=torch.channels_last)) for images, _ in batches]
     return torch.cat(made)

@@ -135,7 +135,7 @@ def train_branches(
     Raises:
         RunError: training diverged.
     """
-    stem = restore_stem(spec, stem_tensors).to(device).to(memory_format=torch.channels_last).eval()
+    stem = restore_stem(spec, stem_tensors).frozen().to(device).to(memory_format=torch.channels_last)
     branches = {
         shard: restore_branch(spec, spec.task(shard), tensors) for shard, tensors in branch_tensors.items()
     }
@@ -258,7 +258,7 @@ def evaluate_shards(
 
     Without examples every score is 0, and the losses are too.
     """
-    stem = restore_stem(spec, stem_tensors)
+    stem = restore_stem(spec, stem_tensors).frozen()
     heads = {
         shard: restore_branch(spec, spec.task(shard), tensors) for shard, tensors in branch_tensors.items()
     }

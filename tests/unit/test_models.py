@@ -22,6 +22,7 @@ from p2pcollab.models import (
     initial_shard,
     probabilities,
 )
+from p2pcollab.models.layers import MaxPool
 from p2pcollab.run import STEM, RunSpec, ShardId
 from p2pcollab.shards import encode_shard
 
@@ -44,6 +45,37 @@ def _with_lively_statistics(module: torch.nn.Module) -> None:
             if tensor.ndim == 1:
                 low = 0.5 if name.endswith(("running_var", "norm.weight")) else -0.3
                 tensor.uniform_(low, low + 0.8, generator=generator)
+
+
+@pytest.mark.parametrize(("family", "channels", "side"), FAMILY_INPUTS)
+def test_frozen_stem_is_the_stem_in_evaluation(family: str, channels: Literal[1, 3], side: int) -> None:
+    spec = model_spec(family, channels=channels, height=side, width=side, tasks=((0,), (1,)))
+    stem = build_stem(spec)
+    _with_lively_statistics(stem)
+    images = _images(spec, 4)
+    with torch.inference_mode():
+        frozen = stem.train().frozen()(images)
+    assert stem.training
+    with torch.inference_mode():
+        torch.testing.assert_close(frozen, stem.eval()(images), rtol=1e-4, atol=1e-5)
+    assert not any(parameter.requires_grad for parameter in stem.frozen().parameters())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("height", "width"), [(8, 8), (9, 6), (2, 5), (3, 3)])
+def test_max_pool_is_the_same_with_and_without_a_way_back(
+    height: int, width: int, dtype: torch.dtype
+) -> None:
+    features = torch.randn(3, 4, height, width, generator=torch.Generator().manual_seed(height)).to(dtype)
+    features[0, 0, 0, 0] = -torch.inf
+    expected = torch.nn.functional.max_pool2d(features, 2)
+    assert torch.equal(MaxPool()(features), expected)
+    trained = features.clone().requires_grad_()
+    pooled = MaxPool()(trained)
+    assert torch.equal(pooled, expected)
+    pooled.sum().backward()
+    assert trained.grad is not None
+    assert int(trained.grad.count_nonzero()) == expected.numel()
 
 
 @pytest.mark.parametrize(("family", "channels", "side"), FAMILY_INPUTS)
