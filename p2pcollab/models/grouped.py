@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..run import RunSpec, ShardId
 from .build import filled
-from .layers import Classifier, ConvStage, Stem
+from .layers import Classifier, ConvStage, Stem, to_grid
 from .stages import branch_plan
 from .submodel import ClassScores
 
@@ -40,14 +40,14 @@ class GroupedBranches(nn.Module):
         states = [branch.stages.state_dict() for branch in branches]
         self.stages = filled(stages, {name: _beside([state[name] for state in states]) for name in states[0]})
         self.shared = not plan.convs
-        self.grid = nn.AdaptiveAvgPool2d(plan.head.grid)
+        self.grid = plan.head.grid
         hidden = [branch.hidden for branch in branches if branch.hidden is not None]
         self.hidden_weight_GKF = nn.Parameter(torch.stack([layer.weight.detach() for layer in hidden]))
         self.hidden_bias_GK = nn.Parameter(torch.stack([layer.bias.detach() for layer in hidden]))
         self.heads = nn.ModuleList(copy.deepcopy(branch.head) for branch in branches)
 
     def forward(self, features_BFHW: Tensor) -> list[Tensor]:
-        maps = self.grid(self.stages(features_BFHW))
+        maps = to_grid(self.stages(features_BFHW), self.grid)
         if self.shared:
             flat_GBF = maps.flatten(1).expand(self.copies, -1, -1)
         else:

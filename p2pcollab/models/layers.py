@@ -31,6 +31,13 @@ class MaxPool(nn.Module):
         return torch.maximum(rows[..., ::2], rows[..., 1::2])
 
 
+def to_grid(features_BFHW: Tensor, grid: tuple[int, int]) -> Tensor:
+    """Averaged down to a map of this size, unless it has it already: that would cost as much."""
+    if features_BFHW.shape[-2:] == grid:
+        return features_BFHW
+    return functional.adaptive_avg_pool2d(features_BFHW, grid)
+
+
 class ConvStage(nn.Module):
     """Convolution, batch normalisation, ReLU, and a 2x2 max-pool where planned: [B, F, H, W] -> same."""
 
@@ -98,12 +105,12 @@ class Classifier(nn.Module):
         head = plan.head
         assert head is not None
         self.stages = nn.Sequential(*(ConvStage(conv) for conv in plan.convs))
-        self.grid = nn.AdaptiveAvgPool2d(head.grid)
+        self.grid = head.grid
         self.hidden = nn.Linear(head.features, head.hidden) if head.hidden else None
         self.head = nn.Linear(head.hidden or head.features, head.logits)
 
     def forward(self, features_BFHW: Tensor) -> Tensor:
-        flat: Tensor = self.grid(self.stages(features_BFHW)).flatten(1)
+        flat: Tensor = to_grid(self.stages(features_BFHW), self.grid).flatten(1)
         if self.hidden is not None:
             flat = self.hidden(flat).relu()
         logits_BK: Tensor = self.head(flat)

@@ -70,7 +70,9 @@ def _vgg(*stages: int | str) -> tuple[Stage, ...]:
     )
 
 
-_VGG_TRAINING: Final = TrainingHints(batch_size=128, peak_lr=0.05, weight_decay=5e-4, epochs=30)
+_VGG_TRAINING: Final = TrainingHints(
+    batch_size=64, peak_lr=0.02, weight_decay=5e-4, epochs=30, negatives=0.75, seal=0.95
+)
 
 FAMILIES: Final[dict[str, Family]] = {
     # For images of 32x32. Source of the widths: AlexNet in its usual CIFAR form, 171 M MAC dense. A stem of
@@ -94,7 +96,9 @@ FAMILIES: Final[dict[str, Family]] = {
         hidden=512,
         grid=1,
         aux_channels=128,
-        model=ModelSpec(family="vgg11", stem_stages=2, branch_width=0.25),
+        model=ModelSpec(
+            family="vgg11", stem_stages=4, stem_width=0.5, branch_width=0.25, branch_squeeze=0.25
+        ),
         training=_VGG_TRAINING,
     ),
     "vgg16": Family(
@@ -102,7 +106,9 @@ FAMILIES: Final[dict[str, Family]] = {
         hidden=512,
         grid=1,
         aux_channels=128,
-        model=ModelSpec(family="vgg16", stem_stages=4, branch_width=0.25),
+        model=ModelSpec(
+            family="vgg16", stem_stages=7, stem_width=0.5, branch_width=0.25, branch_squeeze=0.25
+        ),
         training=_VGG_TRAINING,
     ),
     # For keyword spotting: spectrograms of 40 bands and 100 frames. 47 M MAC dense there, AlexNet 652 M. With
