@@ -51,7 +51,8 @@ class GroupedBranches(nn.Module):
         if self.shared:
             flat_GBF = maps.flatten(1).expand(self.copies, -1, -1)
         else:
-            flat_GBF = maps.unflatten(1, (self.copies, -1)).flatten(2).transpose(0, 1)
+            features = maps.shape[1:].numel() // self.copies
+            flat_GBF = maps.reshape(len(maps), self.copies, features).transpose(0, 1)
         hidden_GBK = torch.baddbmm(
             self.hidden_bias_GK.unsqueeze(1), flat_GBF, self.hidden_weight_GKF.transpose(1, 2)
         ).relu()

@@ -7,6 +7,7 @@ import json
 import os
 import platform
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -15,7 +16,7 @@ from typing import Any
 import torch
 from bench_demo import processor
 from method import report
-from method.columns import run_column
+from method.columns import measure, run_column
 from method.configuration import Configuration
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
@@ -102,18 +103,22 @@ def main() -> int:
             for column in options.columns:
                 path = options.results / f"{configuration.key(column, seed)}.json"
                 task = progress.add_task(f"{options.model} {options.name} {column}, seed {seed}", total=1.0)
-                if not path.exists():
-                    result = run_column(
-                        configuration, column, seed, options.threads,
-                        partial(_show, progress, task),
-                        path.with_suffix(".safetensors"),
-                    )  # fmt: skip
-                    write_atomic(
-                        path, (json.dumps(result | {"machine": _machine()}, indent=1) + "\n").encode()
-                    )
+                result = _kept(
+                    path,
+                    partial(
+                        run_column, configuration, column, seed, options.threads,
+                        partial(_show, progress, task), path.with_suffix(".safetensors"),
+                    ),
+                )  # fmt: skip
                 progress.update(task, completed=1.0)
-                columns.setdefault(column, []).append(json.loads(path.read_text()))
-    row = report.row(options.dataset, options.model, options.name, options.epochs, columns)
+                columns.setdefault(column, []).append(result)
+        measured = None
+        if "D" in columns:
+            task = progress.add_task(f"{options.model} {options.name}, seconds and memory", total=None)
+            path = options.results / f"{configuration.measured_key}.json"
+            measured = _kept(path, partial(measure, configuration))
+            progress.update(task, completed=1.0, total=1.0)
+    row = report.row(options.dataset, options.model, options.name, options.epochs, columns, measured)
     row["partition"] = options.partition
     row["speeds"] = configuration.speeds
     row["machine"] = next(result["machine"] for results in columns.values() for result in results)
@@ -125,6 +130,14 @@ def main() -> int:
         if options.plot:
             report.plot(rows, options.plot)
     return 0
+
+
+def _kept(path: Path, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """A result, made now unless it is there already."""
+    if not path.exists():
+        write_atomic(path, (json.dumps(make() | {"machine": _machine()}, indent=1) + "\n").encode())
+    kept: dict[str, Any] = json.loads(path.read_text())
+    return kept
 
 
 def _speeds(text: str) -> tuple[float, ...]:

@@ -10,6 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Final
 
+import numpy as np
 import torch
 
 from p2pcollab import cost
@@ -36,8 +37,10 @@ _CENTRAL: Final[Mapping[str, Callable[..., Central]]] = {
     "C": train_decoupled,
 }
 #: Steps of one timing, and how often the two networks take turns.
-_TIMED_STEPS: Final = 6
-_TURNS: Final = 5
+_TIMED_STEPS: Final = 16
+_TURNS: Final = 7
+#: Steps after which memory has peaked.
+_PEAK_STEPS: Final = 6
 #: MAC/s of the slowest device. Only the ratios matter: no time is measured in the rehearsal.
 _SLOWEST_MACS_S: Final = 1e10
 
@@ -136,14 +139,34 @@ def _assembled(
         "inference_macs": cost.evaluation_macs(spec, tasks),
         "dense_inference_macs": cost.macs_dense(spec),
         "parameters": sum(parameter.numel() for parameter in loaded.model.parameters()),
-        "timing": _timing(spec, data.train),
-        "peak_rss_bytes": {kind: _peak_rss_bytes(spec, kind) for kind in ("sub-model", "dense")},
     }
 
 
-def _timing(spec: RunSpec, data: ArrayDataset) -> dict[str, float]:
-    """Seconds of an epoch on one core: of the dense network, and of a sub-model with one task; in turns."""
+def measure(configuration: Configuration) -> dict[str, Any]:
+    """Seconds of an epoch on one core and peak memory, of the dense network and of a sub-model with one task.
+
+    JSON values. Each in a process of its own, as a device trains: what a rehearsal leaves in memory slows
+    short steps down more than long ones.
+    """
+    spec = configuration.spec(0)
+    return {
+        "timing": _in_child(_measure_seconds, configuration),
+        "peak_rss_bytes": {
+            kind: _in_child(_measure_peak, spec.encode(), kind) for kind in ("sub-model", "dense")
+        },
+    }
+
+
+def _in_child(measured: Callable[..., Any], *arguments: object) -> Any:
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        return pool.apply(measured, arguments)
+
+
+def _measure_seconds(configuration: Configuration) -> dict[str, float]:
+    """The two networks in turns."""
     torch.set_num_threads(1)
+    spec = configuration.spec(0)
+    data = load(configuration.source, spec, configuration.root, limit=configuration.limit).train
     seconds: dict[str, list[float]] = {"sub-model": [], "dense": []}
     for _ in range(_TURNS):
         for kind, times in seconds.items():
@@ -189,15 +212,8 @@ def _train_steps(
     )
 
 
-def _peak_rss_bytes(spec: RunSpec, kind: str) -> int:
-    """Peak memory of a process that trains a few steps of one of the two."""
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
-        return pool.apply(_measure_peak, (spec.encode(), kind))
-
-
 def _measure_peak(encoded: bytes, kind: str) -> int:
-    import numpy as np
-
+    """Peak memory of a process that trains a few steps of one of the two."""
     torch.set_num_threads(1)
     spec = RunSpec.decode(encoded)
     count = 4 * spec.schedule.batch_size
@@ -209,7 +225,7 @@ def _measure_peak(encoded: bytes, kind: str) -> int:
     def on_step(_done: int, _losses: object) -> bool:
         nonlocal steps
         steps += 1
-        return steps < _TIMED_STEPS
+        return steps < _PEAK_STEPS
 
     _train_steps(spec, data, kind, on_step)
     return peak_rss_bytes()

@@ -86,8 +86,19 @@ class Configuration:
         described: dict[str, Any] = {"spec": spec, "source": self.source, "limit": self.limit}
         if column == "D":
             described |= {"speeds": self.speeds, "partition": self.partition}
-        digest = hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()
-        return f"{self.dataset}-{self.model}-{column}-{seed}-{digest[:12]}"
+        return f"{self.dataset}-{self.model}-{column}-{seed}-{_digest(described)}"
+
+    @property
+    def measured_key(self) -> str:
+        """Name of what is measured once for all seeds (`columns.measure`)."""
+        spec = self.spec(0).model_dump(mode="json")
+        spec.pop("name")
+        described = {"spec": spec, "source": self.source, "limit": self.limit}
+        return f"{self.dataset}-{self.model}-measured-{_digest(described)}"
+
+
+def _digest(described: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()[:12]
 
 
 def _as(before: object, value: float) -> object:

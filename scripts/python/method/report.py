@@ -17,12 +17,18 @@ Result = Mapping[str, Any]
 
 
 def row(
-    dataset: str, model: str, name: str, epochs: float, columns: Mapping[str, Sequence[Result]]
+    dataset: str,
+    model: str,
+    name: str,
+    epochs: float,
+    columns: Mapping[str, Sequence[Result]],
+    measured: Result | None = None,
 ) -> dict[str, Any]:
     """What the seeds of one configuration have in common, and how they differ. Percent and ratios.
 
     Args:
         columns: results by column, in the order of the seeds; some may be missing.
+        measured: `columns.measure`, if the devices' models were assembled.
     """
     made: dict[str, Any] = {"dataset": dataset, "model": model, "config": name, "epochs": epochs}
     seeds = sorted({result["seed"] for results in columns.values() for result in results})
@@ -47,20 +53,19 @@ def row(
         }
     if assembled:
         made |= {
-            "epoch_seconds_ratio": statistics.median(result["timing"]["ratio"] for result in assembled),
-            "epoch_seconds_sub_model": statistics.median(
-                result["timing"]["sub_model_epoch_s"] for result in assembled
-            ),
-            "epoch_seconds_dense": statistics.median(
-                result["timing"]["dense_epoch_s"] for result in assembled
-            ),
             "bytes_sent_median": statistics.median(
                 device["sent_bytes"] for result in assembled for device in result["devices"]
             ),
-            "peak_rss_bytes": assembled[0]["peak_rss_bytes"],
             "inference_macs_ratio": assembled[0]["inference_macs"] / assembled[0]["dense_inference_macs"],
             "parameters": assembled[0]["parameters"],
         } | _trying(assembled)
+    if measured is not None:
+        made |= {
+            "epoch_seconds_ratio": measured["timing"]["ratio"],
+            "epoch_seconds_sub_model": measured["timing"]["sub_model_epoch_s"],
+            "epoch_seconds_dense": measured["timing"]["dense_epoch_s"],
+            "peak_rss_bytes": measured["peak_rss_bytes"],
+        }
     if columns.get("A"):
         made["dense_schedule"] = columns["A"][0]["spec"]["schedule"]
     divided = (assembled or columns.get("C") or columns.get("B") or [first])[0]["spec"]
