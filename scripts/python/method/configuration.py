@@ -83,17 +83,23 @@ class Configuration:
             for field in ("lease_samples", "stem_seal_fraction", "negatives"):
                 spec["schedule"].pop(field)
             spec.pop("tasks")
-        described: dict[str, Any] = {"spec": spec, "source": self.source, "limit": self.limit}
+        described: dict[str, Any] = {"spec": spec, "source": self._data, "limit": self.limit}
         if column == "D":
             described |= {"speeds": self.speeds, "partition": self.partition}
         return f"{self.dataset}-{self.model}-{column}-{seed}-{_digest(described)}"
+
+    @property
+    def _data(self) -> str | list[object]:
+        """What the source is, wherever it is: of a folder, its kind and how many examples each class has."""
+        info = inspect(self.source, self.root)
+        return self.source if info.source.path is None else [info.source.kind, *info.class_counts]
 
     @property
     def measured_key(self) -> str:
         """Name of what is measured once for all seeds (`columns.measure`)."""
         spec = self.spec(0).model_dump(mode="json")
         spec.pop("name")
-        described = {"spec": spec, "source": self.source, "limit": self.limit}
+        described = {"spec": spec, "source": self._data, "limit": self.limit}
         return f"{self.dataset}-{self.model}-measured-{_digest(described)}"
 
 
