@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from unittest import mock
 
-from p2pcollab import assembly, coordinator, merging, shards
+from p2pcollab import assembly, belief, merging, shards
 from p2pcollab.claims import Claims
 from p2pcollab.daemon.workshop import Workshop
 from p2pcollab.ledger import Contribution
@@ -35,7 +35,7 @@ def _check_nothing(_self: Workshop, fields: dict[str, Sequence[object]], _blobs:
 def plain_averaging() -> Iterator[None]:
     """Within it, devices check nothing that could stop a lie."""
     with ExitStack() as stack:
-        stack.enter_context(mock.patch.object(coordinator, "Claims", Credulous))
+        stack.enter_context(mock.patch.object(belief, "Claims", Credulous))
         stack.enter_context(mock.patch.object(Workshop, "check", _check_nothing))
         stack.enter_context(mock.patch.object(merging, "ROBUST_MIN", 10**9))
         stack.enter_context(mock.patch.object(shards, "_check_values", lambda _name, _tensor: None))
