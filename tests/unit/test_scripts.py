@@ -25,20 +25,9 @@ def test_a_result_is_not_made_again_wherever_the_data_lie(tmp_path: Path) -> Non
     script = ROOT / "scripts" / "python" / "bench_method.py"
 
     def bench(data: Path) -> dict[str, str]:
-        options = (
-            "--dataset",
-            "pets",
-            "--model",
-            "digits",
-            "--epochs",
-            "1",
-            "--seeds",
-            "0",
-            "--columns",
-            "AD",
-        )
-        settings = ("--columns", "AD", "--devices", "2", "--data", str(data), "--results", str(results))
-        subprocess.run([sys.executable, str(script), *options, *settings], check=True, cwd=tmp_path)
+        options = f"--dataset pets --model digits --epochs 1 --seeds 0 --columns AD --devices 2 --data {data}"
+        command = [sys.executable, str(script), *options.split(), "--results", str(results)]
+        subprocess.run(command, check=True, cwd=tmp_path)
         return {path.name: path.read_text() for path in results.glob("*.json")}
 
     made = bench(data)

@@ -145,8 +145,7 @@ def _assembled(
 def measure(configuration: Configuration) -> dict[str, Any]:
     """Seconds of an epoch on one core and peak memory, of the dense network and of a sub-model with one task.
 
-    JSON values. Each in a process of its own, as a device trains: what a rehearsal leaves in memory slows
-    short steps down more than long ones.
+    JSON values. Each in a process of its own, as a device trains.
     """
     spec = configuration.spec(0)
     return {
