@@ -171,5 +171,8 @@ class ApiClient:
         if reply.status_code == httpx.codes.CONFLICT:
             raise error_from_fields(reply.json()["error"])
         if reply.is_error:
-            raise P2PCollabError(f"the daemon answered {method} {path} with HTTP status {reply.status_code}")
+            raise P2PCollabError(
+                f"the daemon answered {method} {path} with HTTP status {reply.status_code}",
+                "the daemon's log says more",
+            )
         return reply

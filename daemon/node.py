@@ -132,21 +132,28 @@ class Node:
 
     async def forget(self, device: str) -> dict[str, Any]:
         """Shut a device out of the run."""
-        if self.member is None:
-            raise P2PCollabError(
-                "the run is not known yet: no device of it was found so far",
-                "wait, or see `p2pcollab status`",
-            )
-        return {**await self.member.renewal.forget(device), "join_code": str(self.code)}
+        member = await self._joined()
+        return {**await member.renewal.forget(device), "join_code": str(self.code)}
 
     async def assemble(self) -> ModelFile:
         """The global model: what is missing here is fetched first."""
+        member = await self._joined()
+        return await member.assemble()
+
+    async def _joined(self) -> Member:
+        """This device's part in the run, once it takes part.
+
+        Raises:
+            P2PCollabError: the run is not known yet.
+        """
         if self.member is None:
             raise P2PCollabError(
                 "the run is not known yet: no device of it was found so far",
                 "wait, or see `p2pcollab status`",
             )
-        return await self.member.assemble()
+        # It is known a moment before the board has started, which on a busy machine may be seconds.
+        await self._run_known.wait()
+        return self.member
 
     # Life
 
