@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import subprocess
 import sys
 from pathlib import Path
 
-from data_examples import write_classes
+import pytest
+from data_examples import write_classes, write_image
+
+from p2pcollab.errors import UsageError
 
 ROOT = Path(__file__).parents[2]
 
@@ -33,3 +37,38 @@ def test_a_result_is_not_made_again_wherever_the_data_lie(tmp_path: Path) -> Non
     made = bench(data)
     assert sorted(name.split("-")[2] for name in made) == ["A", "D", "measured"]
     assert bench(data.rename(tmp_path / "there")) == made
+
+
+def test_classes_are_grouped_by_a_table_by_likeness_or_by_chance(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shades = {"coal": 20, "crow": 30, "milk": 240, "swan": 230}
+    for name, shade in shades.items():
+        for number in range(6):
+            write_image(tmp_path / "data" / name / f"{number}.png", shade=shade + number)
+    table, out = tmp_path / "table.csv", tmp_path / "groups.txt"
+    table.write_text("fine,coarse\ncoal,thing\nmilk,thing\ncrow,bird\nswan,bird\n")
+    monkeypatch.syspath_prepend(ROOT / "scripts" / "python")
+    script = importlib.import_module("group_classes")
+
+    def groups(*options: str) -> set[frozenset[str]]:
+        arguments = ["group-classes", "--data", str(tmp_path / "data"), "--out", str(out), *options]
+        monkeypatch.setattr(sys, "argv", arguments)
+        assert script.main() == 0
+        return {frozenset(line.split(", ")) for line in out.read_text().splitlines()}
+
+    assert groups("--by", "table", "--table", str(table)) == {
+        frozenset({"coal", "milk"}),
+        frozenset({"crow", "swan"}),
+    }
+    assert groups("--by", "likeness", "--size", "2") == {
+        frozenset({"coal", "crow"}),
+        frozenset({"milk", "swan"}),
+    }
+    for size in (1, 2, 3):
+        drawn = groups("--by", "chance", "--size", str(size), "--seed", "1")
+        assert sorted(name for names in drawn for name in names) == sorted(shades)
+        assert max(map(len, drawn)) == size
+    table.write_text("fine,coarse\ncoal,thing\n")
+    with pytest.raises(UsageError, match="says nothing of 'crow'"):
+        groups("--by", "table", "--table", str(table))
