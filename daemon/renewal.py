@@ -94,7 +94,7 @@ class Renewal:
 
         self.learn(devices, key_of)
 
-    # transport.RenewalPort
+    # sealed_calls.RenewalPort
 
     def is_forgotten(self, peer: str) -> bool:
         """Whether a device is shut out, whatever it knows."""

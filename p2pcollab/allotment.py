@@ -58,7 +58,8 @@ PREFERENCE: Final = 3.0
 STEM_SPEED: Final = 0.5
 #: Leases by which the stem must be ahead of a branch when that begins one, but for its first, and by which it
 #: may be ahead of the branch that is in front. A branch learns more from features that are a little further
-#: than itself: in one place, half a point more than on those that it began with (docs/results/method.md).
+#: than itself: in one place, half a point more than on those that it began with
+#: (docs/results/method-trials.md).
 LEAD_MIN_LEASES: Final = 1.0
 LEAD_MAX_LEASES: Final = 2.0
 

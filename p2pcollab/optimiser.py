@@ -1,10 +1,10 @@
 """The optimiser of a lease, and its learning rate.
 
 Momentum travels with its shard from lease to lease: started anew in each, it costs points where leases are
-short (docs/results/method.md). It is kept as a mean of the gradients, bias-corrected where a shard is new, so
-that steps have their full length from the first batch on. What comes from another device is a direction and
-no more: it is cut to the length of the first gradient that is computed here, so that nobody can throw a lease
-off with it.
+short (docs/results/method-trials.md). It is kept as a mean of the gradients, bias-corrected where a shard is
+new, so that steps have their full length from the first batch on. What comes from another device is a
+direction and no more: it is cut to the length of the first gradient that is computed here, so that nobody
+can throw a lease off with it.
 """
 
 from __future__ import annotations

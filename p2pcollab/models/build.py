@@ -124,7 +124,7 @@ def _initial_tensor(key: str, blank: Tensor) -> Tensor:
 
     A sixth of the variance of He et al. 2015. Under batch normalisation the scale of the weights changes no
     output, but smaller weights turn further with each step, and short runs gain by it: 4.3 points for the
-    dense AlexNet, 5.0 for the grouped one (docs/results/method.md).
+    dense AlexNet, 5.0 for the grouped one (docs/results/method-trials.md).
     """
     if _is_momentum(key):
         return torch.zeros(blank.shape)
