@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Final
+from typing import Final, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -28,6 +28,7 @@ from ..judging import (
     judge_loss,
     losses_by_example,
 )
+from ..lease import Batches
 from ..ledger import Contribution, states_digest
 from ..merging import STALENESS_DISCOUNT, STALENESS_MAX
 from ..models import initial_shard
@@ -38,26 +39,48 @@ from ..trust import Verdict
 
 Decode = Callable[[Contribution], ShardTensors]
 
+
+class MakeFeatures(Protocol):
+    """As `features_by_example`."""
+
+    def __call__(
+        self, spec: RunSpec, stem_tensors: Mapping[str, Tensor], batches: Batches, *, device: torch.device
+    ) -> Tensor: ...
+
+
 #: Losses of references that are remembered: a reference is compared with several contributions.
 _REFERENCES_KEPT: Final = 64
+#: What devices with native bfloat16 compute in, in half the memory of what others do: a state and what it is
+#: compared with are rounded alike.
+_KEPT_AS: Final = torch.bfloat16
 
 
 class Judge:
     """One device's judgement of others' tensors."""
 
-    def __init__(self, spec: RunSpec, data: ArrayDataset, device: torch.device, seed: int) -> None:
+    def __init__(
+        self,
+        spec: RunSpec,
+        data: ArrayDataset,
+        device: torch.device,
+        seed: int,
+        features_bytes: int = limits.TRIED_FEATURES_BYTES_MAX,
+        make_features: MakeFeatures = features_by_example,
+    ) -> None:
         """
         Args:
             data: examples that this device does not train on; none: it cannot judge.
             seed: of the choice of examples. Nobody else should know it, or a liar would know what its lies
                 are tried on.
+            features_bytes: memory for what stems make of these examples; with less, more is computed again.
+            make_features: in place of the computation, where only its price is wanted.
         """
         self._spec = spec
         self._data = data
         self._device = device
         #: The same for all shards, so that they are tried on the same examples as far as can be.
         self._order = np.random.default_rng(seed).permutation(len(data))
-        self._features = _Features(spec, data, device)
+        self._features = _Features(spec, data, device, features_bytes, make_features)
         self._samples: dict[tuple[ShardId, tuple[bool, ...]], Sample | None] = {}
         self._losses: OrderedDict[tuple[object, ...], Tensor] = OrderedDict()
         self._head_macs = 0
@@ -105,11 +128,11 @@ class Judge:
             self._losses[key] = reference_N = self._reference(trial, on, decode, sample, early=early)
             if len(self._losses) > _REFERENCES_KEPT:
                 self._losses.popitem(last=False)
-        candidate = _State(states_digest((trial.contribution,)), tensors)
+        candidate = State(states_digest((trial.contribution,)), tensors)
         return compare(self._try(shard, candidate, on, sample), reference_N, sample)
 
     def _reference(
-        self, trial: Trial, stem: _State | None, decode: Decode, sample: Sample, *, early: bool
+        self, trial: Trial, stem: State | None, decode: Decode, sample: Sample, *, early: bool
     ) -> Tensor:
         """The losses of what is here. If nothing is, those of guessing; early on, those of the initial state
         if that is worse.
@@ -136,17 +159,21 @@ class Judge:
             self._samples[key] = draw(self._spec, shard, self._data.labels, self._order, counts)
         return self._samples[key]
 
-    def _state(self, shard: ShardId, frontier: Sequence[Contribution], decode: Decode) -> _State:
+    def _state(self, shard: ShardId, frontier: Sequence[Contribution], decode: Decode) -> State:
         try:
-            return _State(states_digest(frontier), merged_shard(self._spec, shard, frontier, decode))
+            return State(states_digest(frontier), merged_shard(self._spec, shard, frontier, decode))
         except PeerError:
             # The disk has lost or damaged one of them meanwhile.
-            return _State(states_digest(()), initial_shard(self._spec, shard))
+            return State(states_digest(()), initial_shard(self._spec, shard))
 
-    def _try(self, shard: ShardId, state: _State, stem: _State | None, sample: Sample) -> Tensor:
+    def _try(self, shard: ShardId, state: State, stem: State | None, sample: Sample) -> Tensor:
         features_N = self._features.of(stem or state, sample.indices)
         self._head_macs += len(sample.indices) * cost.head_macs(self._spec, shard)
-        labels = self._data.labels[sample.indices]
+        return self._losses_of(shard, state, features_N, self._data.labels[sample.indices])
+
+    def _losses_of(
+        self, shard: ShardId, state: State, features_N: Tensor, labels: npt.NDArray[np.int64]
+    ) -> Tensor:
         return losses_by_example(self._spec, shard, state.tensors, features_N, labels)
 
 
@@ -156,7 +183,7 @@ def _present(trial: Trial) -> tuple[bool, ...]:
 
 
 @dataclass(frozen=True, slots=True)
-class _State:
+class State:
     """A state of a shard, and its name (`ledger.states_digest`)."""
 
     digest: str
@@ -169,34 +196,49 @@ class _Features:
     Without it nearly all that trying costs is the stem's forward pass, again and again on the same images.
     """
 
-    def __init__(self, spec: RunSpec, data: ArrayDataset, device: torch.device) -> None:
+    def __init__(
+        self,
+        spec: RunSpec,
+        data: ArrayDataset,
+        device: torch.device,
+        bytes_max: int,
+        make: MakeFeatures,
+    ) -> None:
         self._spec = spec
         self._data = data
         self._device = device
         #: By stem and example, the longest unused first.
         self._kept: OrderedDict[tuple[str, int], Tensor] = OrderedDict()
         self._kept_bytes = 0
+        self._bytes_max = bytes_max
+        self._make = make
+        #: Of what stems make, in the arithmetic of training.
+        self._dtype = torch.float32
         self.macs = 0
 
-    def of(self, stem: _State, indices: npt.NDArray[np.intp]) -> Tensor:
+    def of(self, stem: State, indices: npt.NDArray[np.intp]) -> Tensor:
         """Features of some examples, [N, channels, height, width]."""
         keys = [(stem.digest, int(index)) for index in indices]
         missing = [index for key, index in zip(keys, indices, strict=True) if key not in self._kept]
         made: dict[tuple[str, int], Tensor] = {}
         if missing:
             images = eval_batches(self._data.subset(np.asarray(missing)), self._spec)
-            made_N = features_by_example(self._spec, stem.tensors, images, device=self._device)
+            made_N = self._make(self._spec, stem.tensors, images, device=self._device)
+            self._dtype = made_N.dtype
             self.macs += len(missing) * cost.macs_stem(self._spec)
-            made = {(stem.digest, int(index)): one for index, one in zip(missing, made_N, strict=True)}
+            made = {
+                (stem.digest, int(index)): one
+                for index, one in zip(missing, made_N.to(_KEPT_AS), strict=True)
+            }
         rows = [made[key] if key in made else self._kept[key] for key in keys]
-        features_N = torch.stack(rows).contiguous(memory_format=torch.channels_last)
+        features_N = torch.stack(rows).to(self._dtype).contiguous(memory_format=torch.channels_last)
         for key in keys:
             if key in made:
                 # A copy, or one of them would keep all in memory.
                 self._kept[key] = made[key].clone()
                 self._kept_bytes += made[key].nbytes
             self._kept.move_to_end(key)
-        while self._kept_bytes > limits.TRIED_FEATURES_BYTES_MAX:
+        while self._kept_bytes > self._bytes_max:
             _, forgotten = self._kept.popitem(last=False)
             self._kept_bytes -= forgotten.nbytes
         return features_N

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Final
 
 import numpy as np
+import psutil
 import torch
 
 from .. import cost, limits
@@ -46,6 +47,8 @@ _PROBE_SAMPLES: Final = 8
 #: One example is tried for so many of a lease's samples, and at least so many: trying costs a few per cent.
 _TRIED_PART: Final = 40
 _TRIED_MIN: Final = 64
+#: Part of a device's memory for the features of what it tries others' work on.
+_FEATURES_PART: Final = 16
 #: Without test data, one in so many training examples is held out to try a lease's result on.
 _HELD_OUT: Final = 10
 
@@ -111,7 +114,7 @@ class Workshop:
             test=test,
             device=device,
             duty=fields["duty"],
-            judge=Judge(spec, test, device, fields["judge_seed"]),
+            judge=Judge(spec, test, device, fields["judge_seed"], _features_bytes()),
         )
         return {
             "train": len(train),
@@ -397,6 +400,12 @@ def _hold_out(data: LoadedData, spec: RunSpec) -> tuple[ArrayDataset, ArrayDatas
     held = np.zeros(len(data.train), dtype=bool)
     held[stratified_subset(data.train.labels, count, seed=spec.seed)] = True
     return data.train.where(~held), data.train.where(held)
+
+
+def _features_bytes() -> int:
+    """What the judge may remember: a Raspberry Pi with 1 GB has 64 MB for it."""
+    total: int = psutil.virtual_memory().total
+    return min(limits.TRIED_FEATURES_BYTES_MAX, total // _FEATURES_PART)
 
 
 def _at_most(data: ArrayDataset, count: int | None, seed: int) -> ArrayDataset:

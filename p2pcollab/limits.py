@@ -102,9 +102,11 @@ MODEL_HEADER_ITEMS_MAX: Final = 262_144
 TRAINER_FRAME_BYTES_MAX: Final = MODEL_BYTES_MAX + MIB
 #: Held-out examples on which a lease's result is tried: 256 give a standard error of at most 3 points.
 VALIDATION_EXAMPLES_MAX: Final = 256
-#: Stems' features of the examples that others' work is tried on, in the trainer's memory. AlexNet's of 640
-#: images of 32x32 pixels, all that ten tasks are tried on, take 20 MiB in bfloat16: those of two stems fit.
-TRIED_FEATURES_BYTES_MAX: Final = 48 * MIB
+#: Stems' features of the examples that others' work is tried on, in the trainer's memory; on small devices a
+#: part of it (`daemon.workshop`). In bfloat16, AlexNet's of 400 images of 32x32 pixels take 12 MiB, of 400
+#: spectrograms 49 MiB. About four stems are looked at in turn: two that are compared, and those that branches
+#: on their way were trained on. With room for fewer, what is needed next is what was just forgotten.
+TRIED_FEATURES_BYTES_MAX: Final = 192 * MIB
 #: Need: 1,000,000 images of 64x64 pixels. Stops: a folder that fills the memory until the trainer dies.
 DATASET_BYTES_MAX: Final = 16 * 1024 * MIB
 #: Generations, samples, beats and sequence numbers. Stops: integers that neither SQLite nor float64 holds.

@@ -85,8 +85,12 @@ def losses(shard: ShardId, tensors: ShardTensors, stem: ShardTensors, sample: Sa
 class Court:
     """A judge whose own examples are the digits' test images, and what is brought before it."""
 
-    def __init__(self, lineages: dict[ShardId, list[ShardTensors]]) -> None:
-        self.judge = Judge(SPEC, DATA.test, torch.device("cpu"), seed=0)
+    def __init__(
+        self,
+        lineages: dict[ShardId, list[ShardTensors]],
+        features_bytes: int = limits.TRIED_FEATURES_BYTES_MAX,
+    ) -> None:
+        self.judge = Judge(SPEC, DATA.test, torch.device("cpu"), seed=0, features_bytes=features_bytes)
         self._tensors: dict[str, ShardTensors] = {}
         #: What branches are tried on.
         self.stem = self.made(9, LEASES * LEASE, STEM, lineages[STEM][-1])
@@ -228,11 +232,11 @@ def test_late_honest_work_is_not_built_on_and_held_against_nobody_and_a_late_lie
 
 
 def test_each_examples_features_are_computed_once_and_forgotten_when_they_are_too_many(
-    lineages: dict[ShardId, list[ShardTensors]], monkeypatch: pytest.MonkeyPatch
+    lineages: dict[ShardId, list[ShardTensors]],
 ) -> None:
-    def told() -> list[tuple[Comparison, int]]:
+    def told(features_bytes: int) -> list[tuple[Comparison, int]]:
         """What a new judge finds, and what each trial costs it."""
-        court = Court(lineages)
+        court = Court(lineages, features_bytes)
         entries = {
             shard: [court.made(1, count * LEASE, shard, state) for count, state in enumerate(states, start=1)]
             for shard, states in lineages.items()
@@ -250,7 +254,7 @@ def test_each_examples_features_are_computed_once_and_forgotten_when_they_are_to
     counts = {shard: len(sample.indices) for shard, sample in samples.items() if sample is not None}
     heads = {shard: 2 * count * cost.head_macs(SPEC, shard) for shard, count in counts.items()}
     stem_pass = counts[STEM] * cost.macs_stem(SPEC)
-    remembered = told()
+    remembered = told(limits.TRIED_FEATURES_BYTES_MAX)
     macs = [spent for _, spent in remembered]
     assert macs[0] == 2 * stem_pass + heads[STEM]
     # A branch on a stem that was tried: what is missing are examples of its own classes, and once only.
@@ -259,8 +263,7 @@ def test_each_examples_features_are_computed_once_and_forgotten_when_they_are_to
     # The stem that it is compared with was tried before.
     assert macs[3] == stem_pass + heads[STEM]
     # Without room nothing is remembered, and everything is found as before.
-    monkeypatch.setattr(limits, "TRIED_FEATURES_BYTES_MAX", 0)
-    again = told()
+    again = told(0)
     assert [found for found, _ in again] == [found for found, _ in remembered]
     assert sum(spent for _, spent in again) > sum(macs) + 2 * stem_pass
 
