@@ -45,13 +45,18 @@ def by_table(table: Path, classes: tuple[str, ...]) -> list[list[str]]:
     """The classes under each coarser label, both in alphabetical order.
 
     Raises:
-        UsageError: the table says nothing, or two things, of a class.
+        UsageError: it is no such table, or says nothing, or two things, of a class.
     """
     coarse_of: dict[str, str] = {}
-    with table.open(encoding="utf-8", newline="") as file:
-        for row in csv.DictReader(file):
+    try:
+        rows = csv.DictReader(table.read_text(encoding="utf-8").splitlines())
+        if not {"fine", "coarse"} <= set(rows.fieldnames or ()):
+            raise UsageError(f"{table} has no columns `fine` and `coarse`", "name them in its first line")
+        for row in rows:
             if coarse_of.setdefault(row["fine"], row["coarse"]) != row["coarse"]:
                 raise UsageError(f"{table} has {row['fine']!r} under two coarser labels")
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise UsageError(f"{table} cannot be read as CSV: {error}") from error
     lacking = [name for name in classes if name not in coarse_of]
     if lacking:
         raise UsageError(f"{table} says nothing of {lacking[0]!r}")
@@ -97,7 +102,7 @@ def by_likeness(
 
 def mean_images(options: argparse.Namespace, info: SourceInfo) -> npt.NDArray[np.float64]:
     """The mean training image of each class, [classes, values]."""
-    spec = plan_run("groups", info, PlanOptions(classes_per_task=len(info.classes)))
+    spec = plan_run("groups", info, PlanOptions())
     train = load(options.data, spec, options.data_root).train
     return np.stack(
         [train.images[train.labels == index].mean(0).ravel() for index in range(len(info.classes))]

@@ -72,3 +72,9 @@ def test_classes_are_grouped_by_a_table_by_likeness_or_by_chance(
     table.write_text("fine,coarse\ncoal,thing\n")
     with pytest.raises(UsageError, match="says nothing of 'crow'"):
         groups("--by", "table", "--table", str(table))
+    table.write_text("class,group\ncoal,thing\n")
+    with pytest.raises(UsageError, match="no columns"):
+        groups("--by", "table", "--table", str(table))
+    table.write_bytes(b"fine,coarse\n\xff\xfe,thing\n")
+    with pytest.raises(UsageError, match="cannot be read"):
+        groups("--by", "table", "--table", str(table))
