@@ -14,7 +14,7 @@ from typing import Final
 import anyio
 
 from ..run import DeviceId
-from .gossip import Gossip
+from .peer_ids import PeerIds
 from .session import Session
 
 #: Silence after which a device is looked at: longer than a beat on a quiet machine, so that few are in vain.
@@ -28,9 +28,9 @@ _REFUSING_S: Final = 2.0
 class DeathWatch:
     """Looks after the devices that are silent. `run` for ever."""
 
-    def __init__(self, session: Session, gossip: Gossip) -> None:
+    def __init__(self, session: Session, peer_ids: PeerIds) -> None:
         self._session = session
-        self._gossip = gossip
+        self._peer_ids = peer_ids
         #: Since when each silent device's host refuses.
         self._refusing: dict[DeviceId, float] = {}
 
@@ -52,7 +52,7 @@ class DeathWatch:
 
     async def _ask(self, device: DeviceId) -> None:
         session = self._session
-        peer = self._gossip.peer_of(device)
+        peer = self._peer_ids.peer_of(device)
         if peer is None or not await session.transport.refuses(peer):
             self._refusing.pop(device, None)
             return

@@ -27,10 +27,13 @@ from ..run import DeviceId, RunSpec, ShardId
 from .board import Board
 from .death_watch import DeathWatch
 from .events import EventLog
+from .fetching import Fetcher
 from .gossip import Gossip
+from .intake import Intake
 from .model_file import ModelFile
 from .opening import saved_members, saved_names
 from .options import DaemonOptions
+from .peer_ids import PeerIds
 from .rejoining import Rejoining
 from .renewal import Renewal
 from .session import Counters, Session
@@ -111,11 +114,17 @@ class Member:
             on_secret=on_secret,
             typed=run_store.rotation_is_typed,
         )
-        self.gossip = Gossip(session, self.board, self.renewal)
+        self.intake = Intake(session, self.renewal)
+        peer_ids = PeerIds(session, self.board)
+        self.gossip = Gossip(session, self.board, self.renewal, self.intake, peer_ids)
+        self.fetcher = Fetcher(session, self.intake, peer_ids)
+        self._death_watch = DeathWatch(session, peer_ids)
         self.rejoining = Rejoining(session, ask_again)
         self.worker = Worker(
             session,
             self.gossip,
+            self.intake,
+            self.fetcher,
             self.publish,
             on_first_step=lambda: timings.done("first_step"),
             on_claim=lambda: timings.done("allotment"),
@@ -129,9 +138,9 @@ class Member:
         self._judge_seed = rng.getrandbits(63)
         self._worker_done = anyio.Event()
         self._publishing = anyio.Lock()
-        self.gossip.restore_proofs(run_store.meta().get("proofs"))
+        self.intake.restore_proofs(run_store.meta().get("proofs"))
         self.session.coordinator.restore_opinions(run_store.meta().get("opinions"))
-        self.gossip.restore(run_store.load_contributions())
+        self.intake.restore(run_store.load_contributions())
         session.refusals.extend(
             event for event in events.after(0) if event.kind == "refused" and "shard" in event.fields
         )
@@ -156,9 +165,9 @@ class Member:
             self._beat,
             self._watch_board,
             self.gossip.run,
-            self.gossip.fetch_wanted,
+            self.fetcher.run,
             self.gossip.spread_news,
-            DeathWatch(self.session, self.gossip).run,
+            self._death_watch.run,
             self.rejoining.run,
             self.renewal.run,
             self._save_regularly,
@@ -216,7 +225,7 @@ class Member:
             open_wants = wants if session.coordinator.has_listened(session.clock()) else missing
             if not open_wants or session.clock() > deadline:
                 break
-            await self.gossip.fetch_all(wants)
+            await self.fetcher.fetch_all(wants)
             # A device that could not give something just now is asked again after a while.
             await anyio.sleep(0 if session.store.has(open_wants[0].digest) else _AGAIN_S)
         held = session.store.digests()
@@ -385,7 +394,7 @@ class Member:
         while True:
             await anyio.sleep(_SAVE_S)
             held = session.store.digests()
-            keep = session.coordinator.keep(held) | self.gossip.fetching.keys() | self.worker.storing
+            keep = session.coordinator.keep(held) | self.fetcher.fetching.keys() | self.worker.storing
             for digest in self.gossip.fetched_by.keys() - keep:
                 del self.gossip.fetched_by[digest]
             try:

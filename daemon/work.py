@@ -22,7 +22,9 @@ from ..errors import P2PCollabError, StorageError
 from ..ledger import Contribution
 from ..run import STEM, ShardId
 from ..wire import sign_contribution
+from .fetching import Fetcher
 from .gossip import Gossip
+from .intake import Intake
 from .session import Session
 from .trainer import LeaseJob, LeaseOutcome, TrainerDied
 
@@ -72,6 +74,8 @@ class Worker:
         self,
         session: Session,
         gossip: Gossip,
+        intake: Intake,
+        fetcher: Fetcher,
         publish: Callable[[], Awaitable[None]],
         on_first_step: Callable[[], None],
         on_claim: Callable[[], None],
@@ -84,6 +88,8 @@ class Worker:
         """
         self._session = session
         self._gossip = gossip
+        self._intake = intake
+        self._fetcher = fetcher
         self._publish = publish
         self._on_first_step = on_first_step
         self._on_claim = on_claim
@@ -175,7 +181,7 @@ class Worker:
         session.fetch_bell.ring()
         while session.coordinator.leases and not self._stopping:
             plan = session.coordinator.job(
-                session.store.digests() - self._gossip.fetching.keys(), session.clock()
+                session.store.digests() - self._fetcher.fetching.keys(), session.clock()
             )
             if plan is not None:
                 return plan
@@ -273,10 +279,10 @@ class Worker:
         self._record_metrics(made)
         await self._publish()
         # With what it was built on, or it would not count where that has not been heard of.
-        self._gossip.push_news([*(entry for job in plan.shards for entry in job.parents), *made])
+        self._intake.news.add([*(entry for job in plan.shards for entry in job.parents), *made])
 
     async def _enter(self, made: list[Contribution]) -> None:
-        self._gossip.enter(made)
+        self._intake.enter(made)
 
     async def _stored(self, store: Callable[[], Awaitable[T]]) -> T:
         """Store what was trained. While the disk refuses, it is kept in memory and tried again.

@@ -37,8 +37,11 @@ import torch
 
 from p2pcollab.coordinator import Advert, Coordinator, CoordinatorSettings
 from p2pcollab.daemon.events import EventLog
+from p2pcollab.daemon.fetching import Fetcher
 from p2pcollab.daemon.gossip import Gossip
 from p2pcollab.daemon.index import Index
+from p2pcollab.daemon.intake import Intake
+from p2pcollab.daemon.peer_ids import PeerIds
 from p2pcollab.daemon.renewal import Renewal
 from p2pcollab.daemon.session import Counters, Session
 from p2pcollab.daemon.store import RunStore, Store
@@ -243,15 +246,26 @@ async def _live(folder: Path, run: RunSpec, workshop: Workshop, life: Life) -> N
     opened: RunStore = life.step(
         "open-run", lambda: store.open_run(known[0]) if known else store.create_run(encoded, SECRET)
     )()
-    session, gossip = _session(opened, run, identity, LoneTrainer(workshop, life), life)
-    life.step("restore", gossip.restore)(opened.load_contributions())
+    session, board = _session(opened, run, identity, LoneTrainer(workshop, life), life)
+    renewal = Renewal(session, board, opened.rotation, on_secret=lambda _secret: None)
+    intake, peer_ids = Intake(session, renewal), PeerIds(session, board)
+    gossip = Gossip(session, board, renewal, intake, peer_ids)
+    life.step("restore", intake.restore)(opened.load_contributions())
     life.tell("found", **_found(opened, identity))
 
     async def publish() -> None:
         life.step("claim", lambda: None)()
         session.coordinator.record_fields()
 
-    worker = Worker(session, gossip, publish, on_first_step=lambda: None, on_claim=lambda: None)
+    worker = Worker(
+        session,
+        gossip,
+        intake,
+        Fetcher(session, intake, peer_ids),
+        publish,
+        on_first_step=lambda: None,
+        on_claim=lambda: None,
+    )
     session.coordinator.advert = Advert(
         speed=1e9, class_counts=workshop.train_data.counts(len(run.classes)), tasks=TASKS
     )
@@ -267,7 +281,9 @@ async def _live(folder: Path, run: RunSpec, workshop: Workshop, life: Life) -> N
 
 def _session(
     opened: RunStore, run: RunSpec, identity: Identity, trainer: Trainer, life: Life
-) -> tuple[Session, Gossip]:
+) -> tuple[Session, Any]:
+    """A lone device's session, and the board that it reads."""
+
     def keep_event(event: Any) -> None:
         opened.add_event(event.id, event.time, event.kind, event.text, event.fields)
         if event.kind == "lease":
@@ -294,8 +310,7 @@ def _session(
     )
     # Ids go on where the last life left them.
     session.events._next_id = max((event[0] for event in opened.events(1)), default=0) + 1
-    renewal = Renewal(session, board, opened.rotation, on_secret=lambda _secret: None)
-    return session, Gossip(session, board, renewal)
+    return session, board
 
 
 def _found(opened: RunStore, identity: Identity) -> dict[str, Any]:

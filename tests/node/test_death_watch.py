@@ -39,8 +39,8 @@ class Watcher:
             record_bell=Bell(),
             work_bell=Bell(),
         )
-        gossip: Any = SimpleNamespace(peer_of=lambda _device: other.identity.peer_id)
-        self._watch = DeathWatch(session, gossip)
+        peer_ids: Any = SimpleNamespace(peer_of=lambda _device: other.identity.peer_id)
+        self._watch = DeathWatch(session, peer_ids)
 
     async def looks_until(self, end: float) -> bool:
         """Look each second from the moment at which the other is silent; whether it is taken for alive."""

@@ -15,7 +15,10 @@ import pytest
 
 from p2pcollab.coordinator import Advert, Coordinator, CoordinatorSettings
 from p2pcollab.daemon.events import EventLog
+from p2pcollab.daemon.fetching import Fetcher
 from p2pcollab.daemon.gossip import Gossip
+from p2pcollab.daemon.intake import Intake
+from p2pcollab.daemon.peer_ids import PeerIds
 from p2pcollab.daemon.renewal import Renewal
 from p2pcollab.daemon.session import Counters, Session
 from p2pcollab.daemon.status import refused
@@ -66,12 +69,15 @@ class Device:
         )
         board = SimpleNamespace(newest=list)
         renewal = Renewal(self.session, cast(Any, board), self.run.rotation, on_secret=lambda _secret: None)
-        self.gossip = Gossip(self.session, cast(Any, board), renewal)
-        self.gossip.restore_proofs(self.run.meta().get("proofs"))
-        self.gossip.restore(self.run.load_contributions())
+        self.intake = Intake(self.session, renewal)
+        peer_ids = PeerIds(self.session, cast(Any, board))
+        self.gossip = Gossip(self.session, cast(Any, board), renewal, self.intake, peer_ids)
+        self.fetcher = Fetcher(self.session, self.intake, peer_ids)
+        self.intake.restore_proofs(self.run.meta().get("proofs"))
+        self.intake.restore(self.run.load_contributions())
 
     def take(self, *contributions: Contribution) -> None:
-        self.gossip.take([encode_contribution(one) for one in contributions], ALICE.device)
+        self.intake.take([encode_contribution(one) for one in contributions], ALICE.device)
 
     def wait(self, seconds: float) -> None:
         self.now += seconds
@@ -140,7 +146,7 @@ def test_a_device_that_tells_two_stories_is_shown_reported_to_others_and_remembe
     assert device.believed == {ALICE.device}
     assert device.session.coordinator.distrusts(EVE.device)
     # Whoever is told gets both, and needs nothing else to be convinced.
-    assert [set(news) for news in device.gossip._news] == [{one, other}]
+    assert [set(news) for news in device.intake.news.waiting] == [{one, other}]
     device.take(contribution(EVE, 2))
     assert device.believed == {ALICE.device}
     assert len(device.reasons) == 2
@@ -159,7 +165,7 @@ def test_two_stories_that_come_in_one_message_are_passed_on(device: Device, newe
         device.take(contribution(EVE, 3))
     device.take(contribution(EVE), contribution(EVE, tensors_digest="ab" * 32))
     assert device.session.coordinator.distrusts(EVE.device)
-    assert len(device.gossip._news) == 1
+    assert len(device.intake.news.waiting) == 1
 
 
 def test_an_accusation_is_told_without_waiting_for_a_lease(
@@ -170,7 +176,7 @@ def test_an_accusation_is_told_without_waiting_for_a_lease(
         contribution(EVE, shard=shard, tensors_digest=hashlib.sha256(shard.encode()).hexdigest())
         for shard in SPEC.shards[1:]
     ]
-    device.gossip.enter([own])
+    device.intake.enter([own])
     device.take(*lies)
 
     async def download(_want: Want) -> bytes:
@@ -180,12 +186,12 @@ def test_an_accusation_is_told_without_waiting_for_a_lease(
         found = [Verdict(reason="not finite", gross=True, malformed=True) for _ in trials]
         return SimpleNamespace(macs=0, found=found)
 
-    monkeypatch.setattr(device.gossip, "_download", download)
+    monkeypatch.setattr(device.fetcher, "_download", download)
     monkeypatch.setattr(device.session, "trainer", SimpleNamespace(check=check))
     assert len(lies) == GROSS_MAX
     for lie in lies:
         want = Want(digest=lie.tensors_digest, size=4, shard=lie.shard, holders=(EVE.device,), needed=True)
-        assert not asyncio.run(device.gossip.fetch_one(want))
+        assert not asyncio.run(device.fetcher.fetch_one(want))
     now = device.session.coordinator.ledger.get(T0, ME.device)
     assert now is not None and now.distrusts == (EVE.device,)
     assert replace(now, distrusts=(), signature=own.signature) == own
@@ -197,5 +203,5 @@ def test_damaged_proofs_accuse_nobody(device: Device) -> None:
     one, other = contribution(EVE), contribution(EVE, 2)
     pair = [encode_contribution(entry).hex() for entry in (one, other)]
     for kept in (None, 7, [7], [["zz", "zz"]], [pair], [[pair[0]]], [[pair[0], pair[0][:-2] + "00"]]):
-        device.gossip.restore_proofs(kept)
+        device.intake.restore_proofs(kept)
     assert not device.session.coordinator.distrusts(EVE.device)
