@@ -130,7 +130,7 @@ def train_decoupled(
     if done < budget:
         second = Lease(spec, branches, dict.fromkeys(branches, done / budget), budget - done, device)
         second.run(source, of_branches, on_step, autocast_for(device, spec))
-    return Central(model=SubModel(spec, stem, branches).eval(), macs=macs.total)
+    return Central(model=SubModel(spec, stem, branches, aux_head).eval(), macs=macs.total)
 
 
 class _MacCount:

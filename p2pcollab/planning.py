@@ -14,13 +14,15 @@ from .data import SourceInfo, default_input
 from .errors import UsageError
 from .grouping import Groups, sized, tasks
 from .models import FAMILIES, Family
-from .run import InputSpec, RunSpec, Schedule, ShardId, TaskSpec
+from .run import InputSpec, ModelSpec, RunSpec, Schedule, ShardId, TaskSpec
 
 #: Up to this side, images are digits or icons, and a large network has nothing to pool.
 _SMALL_SIDE_MAX: Final = 12
 #: With one class per task up to here, and as few classes per task as keep to it above, a run has enough tasks
 #: for a household of devices, and a branch has enough positives per batch.
 _TASKS_WANTED_MAX: Final = 20
+#: Weight of the stem's own head in the scores, where tasks hold several classes, beside 1 for each branch.
+_STEM_VOTE: Final = 0.5
 #: Leases of one shard over a run. More visit everybody's data more evenly; fewer publish less and start the
 #: momentum afresh less often.
 _LEASES_PER_SHARD: Final = 24
@@ -63,12 +65,13 @@ def plan_run(name: str, info: SourceInfo, options: PlanOptions) -> RunSpec:
     family_name = options.family or _suitable_family(images)
     family = _family(family_name)
     expected = options.expected_samples if options.expected_samples is not None else info.train_images
+    tasks_planned = _tasks(len(info.classes), options)
     try:
         return RunSpec(
             name=name,
             classes=info.classes,
-            tasks=_tasks(len(info.classes), options),
-            model=family.model,
+            tasks=tasks_planned,
+            model=_model(family, tasks_planned),
             input=images,
             schedule=_schedule(family, options.epochs, expected),
             seed=options.seed,
@@ -131,6 +134,13 @@ def _family(name: str) -> Family:
     if name not in FAMILIES:
         raise UsageError(f"there is no model {name!r}", f"choose one of {', '.join(FAMILIES)} or auto")
     return FAMILIES[name]
+
+
+def _model(family: Family, planned: tuple[TaskSpec, ...]) -> ModelSpec:
+    """How the family is divided; where there are so many classes that tasks hold several, the stem votes."""
+    if all(len(task.classes) == 1 for task in planned):
+        return family.model
+    return family.model.model_copy(update={"stem_vote": _STEM_VOTE})
 
 
 def _tasks(classes: int, options: PlanOptions) -> tuple[TaskSpec, ...]:

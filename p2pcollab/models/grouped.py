@@ -16,7 +16,7 @@ from ..run import RunSpec, ShardId
 from .build import filled
 from .layers import Classifier, ConvStage, Stem, to_grid
 from .stages import branch_plan
-from .submodel import ClassScores
+from .submodel import ClassScores, voting_head
 
 
 class GroupedBranches(nn.Module):
@@ -65,15 +65,28 @@ class GlobalModel(nn.Module):
     Copies the given modules' values. Branches may be missing: their classes score minus infinity.
     """
 
-    def __init__(self, spec: RunSpec, stem: Stem, branches: Mapping[ShardId, Classifier]) -> None:
+    def __init__(
+        self,
+        spec: RunSpec,
+        stem: Stem,
+        branches: Mapping[ShardId, Classifier],
+        aux_head: Classifier | None = None,
+    ) -> None:
+        """
+        Args:
+            aux_head: the stem's own, where it has a vote.
+        """
         super().__init__()
         self.stem = copy.deepcopy(stem)
+        self.aux_head = copy.deepcopy(voting_head(spec, aux_head))
         self.branches = GroupedBranches(spec, tuple(branches.values())) if branches else None
         self.scores = ClassScores(spec, tuple(branches))
 
     def forward(self, images_BFHW: Tensor) -> Tensor:
-        logits = self.branches(self.stem(images_BFHW)) if self.branches is not None else []
-        scores_BC: Tensor = self.scores(logits, images_BFHW)
+        features = self.stem(images_BFHW)
+        logits = self.branches(features) if self.branches is not None else []
+        of_stem = self.aux_head(features) if self.aux_head is not None else None
+        scores_BC: Tensor = self.scores(logits, images_BFHW, of_stem)
         return scores_BC
 
 

@@ -54,8 +54,8 @@ def parse() -> argparse.Namespace:
         default=[],
         metavar="FIELD=NUMBER",
         dest="settings",
-        help="a field of the run spec's model or schedule (branch_squeeze=0: none), classes_per_task, "
-        "branches_per_class or lease_batches",
+        help="a field of the run spec's model or schedule (branch_squeeze=0 or stem_vote=0: none), "
+        "classes_per_task, branches_per_class or lease_batches",
     )
     parser.add_argument(
         "--set-dense",
@@ -122,6 +122,11 @@ def main() -> int:
     row["partition"] = options.partition
     row["speeds"] = configuration.speeds
     row["machine"] = next(result["machine"] for results in columns.values() for result in results)
+    # Results are kept, so that one row's may come from different machines.
+    row["processors"] = {
+        column: sorted({result["machine"]["processor"] for result in results})
+        for column, results in columns.items()
+    }
     print(report.line(row))
     if options.json:
         _put(options.json, row)

@@ -57,6 +57,16 @@ def test_classes_per_task_is_obeyed() -> None:
     assert [task.classes for task in plan(source(5), classes_per_task=2).tasks] == [(0,), (1, 2), (3, 4)]
 
 
+@pytest.mark.parametrize(
+    ("classes", "wishes", "vote"),
+    [(10, {}, None), (20, {}, None), (21, {}, 0.5), (100, {}, 0.5), (10, {"classes_per_task": 2}, 0.5)],
+)
+def test_the_stems_own_head_votes_where_tasks_hold_several_classes(
+    classes: int, wishes: dict[str, object], vote: float | None
+) -> None:
+    assert plan(source(classes), **wishes).model.stem_vote == vote
+
+
 def test_every_shard_sees_all_data_as_often_as_wished() -> None:
     assert plan(source(), epochs=2.5).schedule.budget_samples == 12_500
     assert plan(source(), epochs=2, expected_samples=40_000).schedule.budget_samples == 80_000

@@ -12,6 +12,7 @@ from typing import Any, Final
 
 import numpy as np
 import torch
+from torch import nn
 
 from p2pcollab import cost
 from p2pcollab.assembly import load_model, save_atomic
@@ -22,7 +23,7 @@ from p2pcollab.data import ArrayDataset, load
 from p2pcollab.data.batches import Thinning, batches, eval_batches, offered_batch
 from p2pcollab.data.partition import Share
 from p2pcollab.lease import autocast_for
-from p2pcollab.models import initial_shard
+from p2pcollab.models import GlobalModel, SubModel, initial_shard
 from p2pcollab.run import STEM, RunSpec, ShardId
 from p2pcollab.training import accuracy, train_branches
 
@@ -88,9 +89,7 @@ def _central(
     source = batches(data.train, spec, seed=seed, samples=budget)
     trained = _CENTRAL[column](spec, source, device=device, on_step=on_step)
     return {
-        "accuracy": accuracy(
-            trained.model, eval_batches(data.test, spec), device, autocast_for(device, spec)
-        ),
+        **_accuracies(trained.model, data.test, spec, device),
         "macs": trained.macs,
         "train_images": len(data.train),
         "test_images": len(data.test),
@@ -125,9 +124,11 @@ def _assembled(
     loaded = load_model(rehearsed.model)
     data = load(configuration.source, spec, configuration.root, limit=configuration.limit)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    tasks = [ShardId(task.id) for task in spec.tasks]
+    scoring = [ShardId(task.id) for task in spec.tasks]
+    if spec.model.stem_vote is not None:
+        scoring.append(STEM)
     return {
-        "accuracy": accuracy(loaded.model, eval_batches(data.test, spec), device, autocast_for(device, spec)),
+        **_accuracies(loaded.model, data.test, spec, device),
         "macs": sum(tally.macs for tally in rehearsed.devices),
         "devices": [
             {"speed": speed, **asdict(tally)}
@@ -136,10 +137,23 @@ def _assembled(
         "discarded": rehearsed.discarded,
         "train_images": len(data.train),
         "test_images": len(data.test),
-        "inference_macs": cost.evaluation_macs(spec, tasks),
+        "inference_macs": cost.evaluation_macs(spec, scoring),
         "dense_inference_macs": cost.macs_dense(spec),
         "parameters": sum(parameter.numel() for parameter in loaded.model.parameters()),
     }
+
+
+def _accuracies(model: nn.Module, test: ArrayDataset, spec: RunSpec, device: str) -> dict[str, float]:
+    """The model's accuracy, and what it is if the stem's own head has no vote, where it has one."""
+
+    def measured() -> float:
+        return accuracy(model, eval_batches(test, spec), device, autocast_for(device, spec))
+
+    found = {"accuracy": measured()}
+    if spec.model.stem_vote is not None and isinstance(model, SubModel | GlobalModel):
+        model.scores.vote = 0.0
+        found["accuracy_without_stem"] = measured()
+    return found
 
 
 def measure(configuration: Configuration) -> dict[str, Any]:

@@ -62,7 +62,7 @@ class Configuration:
             settings["lease_samples"] = lease_batches * batch
         model, schedule = spec.model, spec.schedule
         for name, value in settings.items():
-            if name == "branch_squeeze":
+            if name in ("branch_squeeze", "stem_vote"):
                 model = model.model_copy(update={name: value or None})
             elif name in ModelSpec.model_fields:
                 model = model.model_copy(update={name: _as(getattr(model, name), value)})
@@ -77,9 +77,11 @@ class Configuration:
         """Name of a result: equal for equal work. The dense network's depends on nothing of the branches."""
         spec = self.spec(seed, column).model_dump(mode="json")
         spec.pop("name")
+        if spec["model"]["stem_vote"] is None:
+            del spec["model"]["stem_vote"]  # as results were named before there was such a vote
         if column == "A":
-            for field in ("stem_stages", "stem_width", "branch_width", "branch_squeeze"):
-                spec["model"].pop(field)
+            for field in ("stem_stages", "stem_width", "branch_width", "branch_squeeze", "stem_vote"):
+                spec["model"].pop(field, None)
             for field in ("lease_samples", "stem_seal_fraction", "negatives"):
                 spec["schedule"].pop(field)
             spec.pop("tasks")
@@ -99,6 +101,7 @@ class Configuration:
         """Name of what is measured once for all seeds (`columns.measure`)."""
         spec = self.spec(0).model_dump(mode="json")
         spec.pop("name")
+        spec["model"].pop("stem_vote")  # it changes nothing of what is trained
         described = {"spec": spec, "source": self._data, "limit": self.limit}
         return f"{self.dataset}-{self.model}-measured-{_digest(described)}"
 
