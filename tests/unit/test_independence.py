@@ -21,7 +21,9 @@ from p2pcollab.run import STEM, RunSpec, ShardId
 from p2pcollab.shards import ShardTensors, restore_branch, restore_stem
 from p2pcollab.training import local_labels, train_branches, train_stem
 
-STEPS = 25
+#: Equal up to rounding means up to the first kink, of a ReLU or a max-pool, that rounding decides: on one
+#: processor a single channel parted from its twin in the 23rd step; until then all differences were 1e-7.
+STEPS = 10
 BATCH = 16
 
 
