@@ -14,7 +14,7 @@ from .build import (
 from .grouped import GlobalModel, GroupedBranches
 from .layers import Classifier, Stem
 from .stages import FAMILIES, Family, TrainingHints, default_model, default_training
-from .submodel import ClassScores, SubModel, probabilities
+from .submodel import ClassScores, ScoringNetwork, SubModel, probabilities
 
 __all__ = [
     "FAMILIES",
@@ -23,6 +23,7 @@ __all__ = [
     "Family",
     "GlobalModel",
     "GroupedBranches",
+    "ScoringNetwork",
     "Stem",
     "SubModel",
     "TrainingHints",

@@ -16,7 +16,7 @@ from ..run import RunSpec, ShardId
 from .build import filled
 from .layers import Classifier, ConvStage, Stem, to_grid
 from .stages import branch_plan
-from .submodel import ClassScores, voting_head
+from .submodel import ScoringNetwork
 
 
 class GroupedBranches(nn.Module):
@@ -59,8 +59,8 @@ class GroupedBranches(nn.Module):
         return [head(hidden_BK) for head, hidden_BK in zip(self.heads, hidden_GBK, strict=True)]
 
 
-class GlobalModel(nn.Module):
-    """Stem and branches as one network: images [B, F, H, W] -> log-probabilities per class [B, C].
+class GlobalModel(ScoringNetwork):
+    """Stem and branches as one network.
 
     Copies the given modules' values. Branches may be missing: their classes score minus infinity.
     """
@@ -72,22 +72,11 @@ class GlobalModel(nn.Module):
         branches: Mapping[ShardId, Classifier],
         aux_head: Classifier | None = None,
     ) -> None:
-        """
-        Args:
-            aux_head: the stem's own, where it has a vote.
-        """
-        super().__init__()
-        self.stem = copy.deepcopy(stem)
-        self.aux_head = copy.deepcopy(voting_head(spec, aux_head))
+        super().__init__(spec, copy.deepcopy(stem), tuple(branches), copy.deepcopy(aux_head))
         self.branches = GroupedBranches(spec, tuple(branches.values())) if branches else None
-        self.scores = ClassScores(spec, tuple(branches))
 
-    def forward(self, images_BFHW: Tensor) -> Tensor:
-        features = self.stem(images_BFHW)
-        logits = self.branches(features) if self.branches is not None else []
-        of_stem = self.aux_head(features) if self.aux_head is not None else None
-        scores_BC: Tensor = self.scores(logits, images_BFHW, of_stem)
-        return scores_BC
+    def branch_logits(self, features_BFHW: Tensor) -> list[Tensor]:
+        return self.branches(features_BFHW) if self.branches is not None else []
 
 
 def _beside(tensors: Sequence[Tensor]) -> Tensor:

@@ -48,8 +48,41 @@ class ClassScores(nn.Module):
         return torch.where(self.holders > 0, total_BC / voters, -torch.inf)
 
 
-class SubModel(nn.Module):
-    """Stem and some branches, one after the other: images [B, F, H, W] -> log-probabilities [B, C].
+class ScoringNetwork(nn.Module):
+    """A stem and what follows it: images [B, F, H, W] -> log-probabilities per class [B, C]."""
+
+    def __init__(
+        self, spec: RunSpec, stem: Stem, shards: Sequence[ShardId], aux_head: Classifier | None
+    ) -> None:
+        """
+        Args:
+            shards: the branches' tasks, in the order of their logits.
+            aux_head: the stem's own, needed where it has a vote.
+
+        Raises:
+            ValueError: it has a vote, and is missing.
+        """
+        super().__init__()
+        votes = spec.model.stem_vote is not None
+        if votes and aux_head is None:
+            raise ValueError("the stem's own head has a vote, and is missing")
+        self.stem = stem
+        self.aux_head = aux_head if votes else None
+        self.scores = ClassScores(spec, shards)
+
+    def branch_logits(self, features_BFHW: Tensor) -> Sequence[Tensor]:
+        """Logits of each branch, [B, k + 1]."""
+        raise NotImplementedError
+
+    def forward(self, images_BFHW: Tensor) -> Tensor:
+        features = self.stem(images_BFHW)
+        of_stem = self.aux_head(features) if self.aux_head is not None else None
+        scores_BC: Tensor = self.scores(self.branch_logits(features), images_BFHW, of_stem)
+        return scores_BC
+
+
+class SubModel(ScoringNetwork):
+    """Stem and some branches, one after the other.
 
     It shares the given modules. `GlobalModel` computes the same with grouped convolutions.
     """
@@ -61,35 +94,11 @@ class SubModel(nn.Module):
         branches: Mapping[ShardId, Classifier],
         aux_head: Classifier | None = None,
     ) -> None:
-        """
-        Args:
-            aux_head: the stem's own, where it has a vote.
-        """
-        super().__init__()
-        self.stem = stem
-        self.aux_head = voting_head(spec, aux_head)
+        super().__init__(spec, stem, tuple(branches), aux_head)
         self.branches = nn.ModuleDict({str(shard): branch for shard, branch in branches.items()})
-        self.scores = ClassScores(spec, tuple(branches))
 
-    def forward(self, images_BFHW: Tensor) -> Tensor:
-        features = self.stem(images_BFHW)
-        of_stem = self.aux_head(features) if self.aux_head is not None else None
-        logits = [branch(features) for branch in self.branches.values()]
-        scores_BC: Tensor = self.scores(logits, images_BFHW, of_stem)
-        return scores_BC
-
-
-def voting_head(spec: RunSpec, aux_head: Classifier | None) -> Classifier | None:
-    """The stem's own head, if it has a vote.
-
-    Raises:
-        ValueError: it has one, and there is no head.
-    """
-    if spec.model.stem_vote is None:
-        return None
-    if aux_head is None:
-        raise ValueError("the stem's own head has a vote, and is missing")
-    return aux_head
+    def branch_logits(self, features_BFHW: Tensor) -> list[Tensor]:
+        return [branch(features_BFHW) for branch in self.branches.values()]
 
 
 def probabilities(scores_BC: Tensor) -> Tensor:

@@ -5,17 +5,19 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 from cli_output import one_error_line
+from ledger_examples import contribution, device
 from model_specs import model_spec
 from PIL import Image
 from stub_daemon import StubDaemon
 
+from p2pcollab.assembly import assemble, to_bytes
 from p2pcollab.cli.main import main
 from p2pcollab.errors import IncompleteError
+from p2pcollab.models import initial_shard
 
 pytestmark = pytest.mark.usefixtures("cli_environment")
 
@@ -27,32 +29,12 @@ def model_file(tmp_path: Path) -> Path:
 
 
 def _model_file(path: Path, leave_out: tuple[str, ...] = ()) -> Path:
-    from p2pcollab.assembly import assemble, to_bytes
-    from p2pcollab.ledger import Contribution
-    from p2pcollab.models import initial_shard
-    from p2pcollab.run import DeviceId
-
     spec = model_spec()
-    device = DeviceId("ab" * 16)
-
-    def contribution(shard: Any) -> Contribution:
-        return Contribution(
-            run_id=spec.run_id,
-            shard=shard,
-            device=device,
-            public_key=bytes(32),
-            generation=1,
-            seen=((device, 160),),
-            lease_samples=160,
-            stem_digest="",
-            tensors_digest="cd" * 32,
-            tensors_bytes=1,
-            loss=0.1,
-            accuracy=0.5,
-            signature=bytes(64),
-        )
-
-    frontiers = {shard: (contribution(shard),) for shard in spec.shards if shard not in leave_out}
+    frontiers = {
+        shard: (contribution(seen={0: 160}, shard=shard, run_id=spec.run_id),)
+        for shard in spec.shards
+        if shard not in leave_out
+    }
     path.write_bytes(to_bytes(assemble(spec, frontiers, lambda one: initial_shard(spec, one.shard))))
     return path
 
@@ -70,7 +52,7 @@ def test_assemble_writes_the_file_and_says_what_is_in_it(
     assert main(["assemble", "-o", str(target), "--json"]) == 0
     facts = json.loads(capsys.readouterr().out)
     assert facts["written"] and facts["missing"] == [] and facts["coverage"] == 1.0
-    assert facts["shards"][1]["contributors"] == {"ab" * 16: 160}
+    assert facts["shards"][1]["contributors"] == {device(0): 160}
 
 
 def test_an_incomplete_model_is_exit_code_5_names_the_tasks_and_writes_nothing(

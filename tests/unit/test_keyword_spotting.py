@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from audio_examples import write_words
+from ledger_examples import contribution
 
 from p2pcollab import cost
 from p2pcollab.assembly import assemble, load_model, to_bytes
@@ -18,15 +19,13 @@ from p2pcollab.data import ArrayDataset, eval_batches, inspect, load
 from p2pcollab.data.batches import batches
 from p2pcollab.data.folders import scan
 from p2pcollab.errors import UsageError
-from p2pcollab.ledger import Contribution
 from p2pcollab.models import FAMILIES, initial_shard
 from p2pcollab.planning import PlanOptions, plan_run
-from p2pcollab.run import STEM, DeviceId, RunSpec, ShardId
+from p2pcollab.run import STEM, RunSpec, ShardId
 from p2pcollab.shards import ShardTensors
 from p2pcollab.training import accuracy, train_branches, train_stem
 
 TONES = {"high": 2500.0, "low": 200.0, "middle": 800.0}
-DEVICE = DeviceId("ab" * 16)
 
 
 @pytest.fixture(autouse=True)
@@ -61,26 +60,9 @@ def trained(spec: RunSpec, data: ArrayDataset) -> bytes:
         samples=samples,
     )
     tensors: dict[ShardId, ShardTensors] = {STEM: stem, **made.tensors}
-    frontiers = {shard: (_contribution(spec, shard, samples),) for shard in tensors}
+    run_id = spec.run_id
+    frontiers = {shard: (contribution(seen={0: samples}, shard=shard, run_id=run_id),) for shard in tensors}
     return to_bytes(assemble(spec, frontiers, lambda one: tensors[one.shard]))
-
-
-def _contribution(spec: RunSpec, shard: ShardId, samples: int) -> Contribution:
-    return Contribution(
-        run_id=spec.run_id,
-        shard=shard,
-        device=DEVICE,
-        public_key=bytes(32),
-        generation=1,
-        seen=((DEVICE, samples),),
-        lease_samples=samples,
-        stem_digest="",
-        tensors_digest="cd" * 32,
-        tensors_bytes=1,
-        loss=0.1,
-        accuracy=0.5,
-        signature=bytes(64),
-    )
 
 
 @pytest.fixture(scope="module")

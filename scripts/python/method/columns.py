@@ -23,7 +23,7 @@ from p2pcollab.data import ArrayDataset, load
 from p2pcollab.data.batches import Thinning, batches, eval_batches, offered_batch
 from p2pcollab.data.partition import Share
 from p2pcollab.lease import autocast_for
-from p2pcollab.models import GlobalModel, SubModel, initial_shard
+from p2pcollab.models import ScoringNetwork, initial_shard
 from p2pcollab.run import STEM, RunSpec, ShardId
 from p2pcollab.training import accuracy, train_branches
 
@@ -150,7 +150,7 @@ def _accuracies(model: nn.Module, test: ArrayDataset, spec: RunSpec, device: str
         return accuracy(model, eval_batches(test, spec), device, autocast_for(device, spec))
 
     found = {"accuracy": measured()}
-    if spec.model.stem_vote is not None and isinstance(model, SubModel | GlobalModel):
+    if isinstance(model, ScoringNetwork) and model.aux_head is not None:
         model.scores.vote = 0.0
         found["accuracy_without_stem"] = measured()
     return found
