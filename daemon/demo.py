@@ -13,6 +13,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -233,26 +234,46 @@ def _train(
     for device in devices[1:]:
         if device is not late:
             device.start(mode="join", code=str(code))
-    if late is not None:
-        demo.phase = "training"
-        demo.until(lambda: demo.progress() >= _LATE_JOIN_AT, "the run to begin", deadline)
-        demo.notes[late.name] = "joined late"
-        late.start(mode="join", code=str(code))
-    victim, takeover = None, None
-    if options.events:
-        victim = devices[2]
-        demo.until(lambda: _may_kill(demo, victim), "half of the run", deadline)
-        takeover = _kill(victim, demo, spec)
     demo.phase = "training"
+    victim, takeover = None, None
+    if late is not None:
+        victim = devices[2]
+        demo.until(lambda: demo.progress() >= _LATE_JOIN_AT, "the run to begin", deadline)
+        takeover = _disturb(demo, late, victim, code, spec, deadline)
     demo.until(lambda: _all_complete(demo), "the run to be complete", deadline)
     if takeover is not None:
         takeover["finished_by"] = _finishers(demo, takeover)
     return victim, takeover
 
 
+def _disturb(
+    demo: _Demo, late: LocalDevice, victim: LocalDevice, code: JoinCode, spec: RunSpec, deadline: float
+) -> dict[str, Any]:
+    """Have one device join late, and kill another half way; what that one was at."""
+    demo.notes[late.name] = "joined late"
+    # Beside the rest: a short run can be over before a daemon has started, and waits for none.
+    with ThreadPoolExecutor(max_workers=1) as beside:
+        joining = beside.submit(late.start, mode="join", code=str(code))
+        demo.until(lambda: _may_kill(demo, victim), "half of the run", deadline)
+        takeover = _kill(victim, demo, spec)
+        joining.result()
+    return takeover
+
+
 def _may_kill(demo: _Demo, victim: LocalDevice) -> bool:
+    """Whether the run is half done, and the device is at work.
+
+    Raises:
+        RunError: the run was over before that was seen.
+    """
     status = demo.last.get(victim.name)
-    return demo.progress() >= _KILL_AT and status is not None and bool(status["work"])
+    if demo.progress() >= _KILL_AT and status is not None and bool(status["work"]):
+        return True
+    if demo.progress() >= 1.0:
+        raise RunError(
+            f"the run was over before {victim.name} could be killed in it", "train for more --epochs"
+        )
+    return False
 
 
 def _kill(victim: LocalDevice, demo: _Demo, spec: RunSpec) -> dict[str, Any]:

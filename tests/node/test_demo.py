@@ -6,8 +6,13 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+
+from p2pcollab.daemon.demo import _may_kill
+from p2pcollab.errors import RunError
 
 KEYS = {
     "assembled_accuracy",
@@ -21,6 +26,17 @@ KEYS = {
     "seed",
 }
 DEVICE_KEYS = {"training_macs", "bytes_sent", "bytes_received", "tasks", "peak_rss_bytes"}
+
+
+def test_a_run_that_is_over_before_a_device_is_killed_is_an_error_and_no_endless_wait() -> None:
+    demo: Any = SimpleNamespace(progress=lambda: 1.0, last={"jetson": {"work": None}})
+    jetson: Any = SimpleNamespace(name="jetson")
+    with pytest.raises(RunError, match="before jetson could be killed"):
+        _may_kill(demo, jetson)
+    demo.last["jetson"]["work"] = {"shards": ["t0"]}
+    assert _may_kill(demo, jetson)
+    demo.progress = lambda: 0.4
+    assert not _may_kill(demo, jetson)
 
 
 @pytest.mark.slow
