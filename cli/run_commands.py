@@ -121,7 +121,7 @@ def new(
             dir_okay=False,
             rich_help_panel=_RUN,
             show_default="classes in their order",
-            help="Which classes are trained as a unit: one task a line, classes separated by commas.",
+            help="Which classes are trained as a unit: one task a line, classes separated as in CSV.",
         ),
     ] = None,
     branches_per_class: Annotated[

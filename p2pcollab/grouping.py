@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import csv
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from . import limits
 from .errors import UsageError
@@ -37,16 +38,18 @@ def sized(classes: int, size: int) -> Groups:
 def parse_groups(text: str, classes: Sequence[str]) -> Groups:
     """Read groups as a person writes them: one task a line, its classes separated by commas.
 
-    Empty lines, and lines that begin with #, are left out. Classes that are not named get a task each.
+    A name with a comma or quotes in it is quoted as in CSV (RFC 4180). Empty lines, and lines that begin with
+    #, are left out. Classes that are not named get a task each.
 
     Raises:
-        UsageError: a class does not exist, or is named twice.
+        UsageError: a class does not exist, or is named twice, or the quotes are wrong.
     """
     index = {name: number for number, name in enumerate(classes)}
     groups: list[tuple[int, ...]] = []
     line_of: dict[str, int] = {}
-    for number, line in enumerate(text.splitlines(), start=1):
-        names = [name.strip() for name in line.split(",")] if not line.lstrip().startswith("#") else []
+    # Not `splitlines`: that also parts at characters which the name of a class may have.
+    for number, line in enumerate(text.split("\n"), start=1):
+        names = [name if name in index else name.strip() for name in _fields(line, number)]
         names = [name for name in names if name]
         for name in names:
             if name not in index:
@@ -58,6 +61,31 @@ def parse_groups(text: str, classes: Sequence[str]) -> Groups:
             groups.append(tuple(sorted(index[name] for name in names)))
     rest = [(number,) for number, name in enumerate(classes) if name not in line_of]
     return (*groups, *rest)
+
+
+def format_groups(groups: Iterable[Iterable[str]]) -> str:
+    """Groups of classes as `parse_groups` reads them."""
+    return "".join(", ".join(map(_quoted, names)) + "\n" for names in groups)
+
+
+def _fields(line: str, number: int) -> list[str]:
+    line = line.strip("\r")
+    if line.lstrip().startswith("#"):
+        return []
+    try:
+        return next(csv.reader([line], skipinitialspace=True, strict=True), [])
+    except csv.Error as error:
+        raise UsageError(
+            f"line {number} of the groups cannot be read: {error}",
+            'quote a name with a comma in it, as in "salt, pepper", and write " within it twice',
+        ) from error
+
+
+def _quoted(name: str) -> str:
+    """A name as a field of CSV, quoted where it would be read as something else."""
+    if name == name.strip() and not name.startswith("#") and not set(name) & set(',"'):
+        return name
+    return '"' + name.replace('"', '""') + '"'
 
 
 def regrouped(groups: Groups) -> Groups:

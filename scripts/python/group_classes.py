@@ -15,6 +15,7 @@ from scipy.optimize import linear_sum_assignment
 from p2pcollab.data import SourceInfo, inspect, load
 from p2pcollab.errors import P2PCollabError, UsageError
 from p2pcollab.files import write_atomic
+from p2pcollab.grouping import format_groups
 from p2pcollab.planning import PlanOptions, plan_run
 
 _ROUNDS = 100
@@ -118,7 +119,7 @@ def main() -> int:
         groups = by_chance(info.classes, options.size, options.seed)
     else:
         groups = by_likeness(info.classes, mean_images(options, info), options.size, options.seed)
-    write_atomic(options.out, "".join(f"{', '.join(names)}\n" for names in groups).encode())
+    write_atomic(options.out, format_groups(groups).encode())
     print(f"{len(groups)} groups of {len(info.classes)} classes are in {options.out}")
     return 0
 

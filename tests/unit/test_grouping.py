@@ -7,12 +7,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from p2pcollab.errors import UsageError
-from p2pcollab.grouping import consecutive, parse_groups, regrouped, sized, tasks
+from p2pcollab.grouping import consecutive, format_groups, parse_groups, regrouped, sized, tasks
 
 NAMES = ("apple", "bear", "cloud", "dog")
 
 groupings = st.integers(1, 40).flatmap(
     lambda classes: st.integers(1, classes).map(lambda size: sized(classes, size))
+)
+#: Of any characters that a name may have, and often of those that mean something in the file.
+class_names = st.text(
+    st.sampled_from('ab ,"#') | st.characters(exclude_categories=("Cc", "Cs")), min_size=1, max_size=8
 )
 
 
@@ -46,12 +50,29 @@ def test_groups_are_read_as_written_and_the_rest_has_a_task_each() -> None:
     assert parse_groups(text, NAMES) == ((1, 3), (0,), (2,))
 
 
+def test_a_name_with_a_comma_is_quoted() -> None:
+    assert parse_groups('"salt, pepper", sugar\n', ["salt, pepper", "oil", "sugar"]) == ((0, 2), (1,))
+
+
+@given(
+    st.lists(class_names, min_size=1, max_size=12, unique=True).flatmap(
+        lambda names: st.integers(1, len(names)).map(lambda count: (names, count))
+    )
+)
+def test_groups_are_read_as_they_are_written_whatever_the_names(named: tuple[list[str], int]) -> None:
+    names, count = named
+    groups = consecutive(range(len(names)), count)
+    text = format_groups([[names[index] for index in group] for group in groups])
+    assert parse_groups(text, names) == groups
+
+
 @pytest.mark.parametrize(
     ("text", "reason"),
     [
         ("dog, cat", "line 1 .* 'cat'"),
         ("dog\nbear, dog", "lines 1 and 2 .* 'dog'"),
         ("dog, dog", "lines 1 and 1"),
+        ('dog\n"bear', "line 2 .* cannot be read"),
     ],
 )
 def test_groups_that_do_not_fit_the_data_are_refused(text: str, reason: str) -> None:
