@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import threading
 import time
 from collections.abc import Callable
@@ -52,6 +53,17 @@ class StubDaemon:
     def count(self, path: str) -> int:
         """How often a path was asked for."""
         return sum(asked.partition("?")[0] == path for asked in list(self.asked))
+
+    def interrupt(self, path: str, times: int, on_leave: Callable[[], None] = lambda: None) -> None:
+        """From now on: Ctrl-C to this process at the n-th request for a path, and a call for `leave`."""
+
+        def on_request(asked: str) -> None:
+            if asked.partition("?")[0] == path and self.count(path) == times:
+                os.kill(os.getpid(), signal.SIGINT)
+            if asked == "/v1/leave":
+                on_leave()
+
+        self.on_request = on_request
 
     def _answer(self, path: str) -> tuple[bytes, dict[str, str]]:
         bare = path.partition("?")[0]
