@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Final
 import typer
 
 from ..errors import UsageError
+from ..name_lists import split_names
 
 if TYPE_CHECKING:
     from ..grouping import Groups
@@ -206,9 +207,13 @@ def join_code(given: str | None) -> str | None:
     return str(JoinCode.parse(text))
 
 
-def listed(values: Sequence[str] | None) -> tuple[str, ...]:
-    """Names from options that may be repeated and may hold several, separated by commas."""
-    names = (name.strip() for value in values or () for name in value.split(","))
+def class_names(option: str, values: Sequence[str] | None) -> tuple[str, ...]:
+    """Classes from an option that may be repeated and may name several, separated as in CSV.
+
+    Raises:
+        UsageError: a value cannot be read.
+    """
+    names = (name.strip() for value in values or () for name in split_names(value, option))
     return tuple(dict.fromkeys(name for name in names if name))
 
 

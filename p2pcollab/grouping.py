@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import csv
 import math
 from collections.abc import Iterable, Sequence
 
 from . import limits
 from .errors import UsageError
+from .name_lists import join_names, split_names
 from .run import TaskSpec
 
 Groups = tuple[tuple[int, ...], ...]
@@ -36,10 +36,9 @@ def sized(classes: int, size: int) -> Groups:
 
 
 def parse_groups(text: str, classes: Sequence[str]) -> Groups:
-    """Read groups as a person writes them: one task a line, its classes separated by commas.
+    """Read groups as a person writes them: one task a line, its classes as in `name_lists`.
 
-    A name with a comma or quotes in it is quoted as in CSV (RFC 4180). Empty lines, and lines that begin with
-    #, are left out. Classes that are not named get a task each.
+    Empty lines, and lines that begin with #, are left out. Classes that are not named get a task each.
 
     Raises:
         UsageError: a class does not exist, or is named twice, or the quotes are wrong.
@@ -49,11 +48,14 @@ def parse_groups(text: str, classes: Sequence[str]) -> Groups:
     line_of: dict[str, int] = {}
     # Not `splitlines`: that also parts at characters which the name of a class may have.
     for number, line in enumerate(text.split("\n"), start=1):
-        names = [name if name in index else name.strip() for name in _fields(line, number)]
+        where = f"line {number} of the groups"
+        if line.lstrip().startswith("#"):
+            continue
+        names = [name if name in index else name.strip() for name in split_names(line.strip("\r"), where)]
         names = [name for name in names if name]
         for name in names:
             if name not in index:
-                raise UsageError(f"line {number} of the groups names {name!r}, which the data do not have")
+                raise UsageError(f"{where} names {name!r}, which the data do not have")
             if name in line_of:
                 raise UsageError(f"lines {line_of[name]} and {number} of the groups both name {name!r}")
             line_of[name] = number
@@ -65,27 +67,7 @@ def parse_groups(text: str, classes: Sequence[str]) -> Groups:
 
 def format_groups(groups: Iterable[Iterable[str]]) -> str:
     """Groups of classes as `parse_groups` reads them."""
-    return "".join(", ".join(map(_quoted, names)) + "\n" for names in groups)
-
-
-def _fields(line: str, number: int) -> list[str]:
-    line = line.strip("\r")
-    if line.lstrip().startswith("#"):
-        return []
-    try:
-        return next(csv.reader([line], skipinitialspace=True, strict=True), [])
-    except csv.Error as error:
-        raise UsageError(
-            f"line {number} of the groups cannot be read: {error}",
-            'quote a name with a comma in it, as in "salt, pepper", and write " within it twice',
-        ) from error
-
-
-def _quoted(name: str) -> str:
-    """A name as a field of CSV, quoted where it would be read as something else."""
-    if name == name.strip() and not name.startswith("#") and not set(name) & set(',"'):
-        return name
-    return '"' + name.replace('"', '""') + '"'
+    return "".join(f"{join_names(names)}\n" for names in groups)
 
 
 def regrouped(groups: Groups) -> Groups:

@@ -105,6 +105,7 @@ def test_version_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
         (["new", "pets", "--data", "digits", "--image-size", "big"], "HxW"),
         (["new", "pets", "--data", "digits", "--epochs", "0"], "epochs"),
         (["new", "pets", "--data", "digits", "--prefer", "cat"], "its classes are 0, 1, 2"),
+        (["new", "pets", "--data", "digits", "--prefer", '"cat'], "--prefer cannot be read"),
         (["new", "pets", "--data", "torchvision:imagenet"], "imagenet"),
         (["status", "--code", "x"], "join code"),
         (["assemble"], "--output"),

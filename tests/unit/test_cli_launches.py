@@ -186,6 +186,13 @@ def test_join_code_comes_from_option_standard_input_or_environment(
     assert [(options.mode, options.code) for options in launched.options] == [("join", CODE)] * 3
 
 
+def test_classes_of_an_option_are_separated_as_in_csv(launches: Callable[[str], Launches]) -> None:
+    launched = launches(OBEDIENT)
+    words = ["join", "--code", CODE, "--detach", "--prefer", 'cat, "salt, pepper",cat', "--prefer", "dog,"]
+    assert main(words) == 0
+    assert [options.prefer for options in launched.options] == [("cat", "salt, pepper", "dog")]
+
+
 def test_join_without_a_code_resumes(launches: Callable[[str], Launches]) -> None:
     launched = launches(OBEDIENT)
     assert main(["join", "--detach", "--replicate", "all", "--peer", "a:1", "--peer", "b:2"]) == 0
