@@ -39,6 +39,14 @@ def test_a_result_is_not_made_again_wherever_the_data_lie(tmp_path: Path) -> Non
     assert bench(data.rename(tmp_path / "there")) == made
 
 
+def test_columns_are_compared_by_seed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(ROOT / "scripts" / "python")
+    report = importlib.import_module("method.report")
+    dense = [{"seed": 0, "accuracy": 0.5}, {"seed": 1, "accuracy": 0.75}]
+    assembled = [{"seed": 1, "accuracy": 0.875}, {"seed": 2, "accuracy": 0.25}]
+    assert report.differences(assembled, dense) == {1: 12.5}
+
+
 def test_classes_are_grouped_by_a_table_by_likeness_or_by_chance(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

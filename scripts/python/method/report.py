@@ -43,6 +43,10 @@ def row(
         without = [100 * result.get("accuracy_without_stem", 0.0) for result in columns.get(column, ())]
         if without and all(without):
             made[f"{column}_without_stem_mean"] = statistics.fmean(without)
+    gaps = list(differences(columns.get("D", ()), columns.get("A", ())).values())
+    if gaps:
+        made["gap_mean"] = statistics.fmean(gaps)
+        made["gap_sd"] = statistics.stdev(gaps) if len(gaps) > 1 else None
     dense = statistics.fmean(result["macs"] for result in columns["A"]) if columns.get("A") else None
     assembled = columns.get("D", ())
     if assembled and dense:
@@ -76,6 +80,16 @@ def row(
     if assembled or columns.get("C"):
         made["saving_one_task"] = _saving_one_task(divided)
     return made
+
+
+def differences(some: Sequence[Result], others: Sequence[Result]) -> dict[int, float]:
+    """By seed, the points of accuracy that one column has more than another; only seeds that both have."""
+    other_of = {result["seed"]: result["accuracy"] for result in others}
+    return {
+        result["seed"]: 100 * (result["accuracy"] - other_of[result["seed"]])
+        for result in some
+        if result["seed"] in other_of
+    }
 
 
 def _trying(assembled: Sequence[Result]) -> dict[str, float]:
@@ -130,11 +144,9 @@ def _markdown_row(one: Mapping[str, Any]) -> str:
     def known(key: str, text: str) -> str:
         return text.format(one[key]) if one.get(key) is not None else "-"
 
-    gap = (
-        f"{one['D_mean'] - one['A_mean']:+.2f}"
-        if one.get("D_mean") is not None and one.get("A_mean") is not None
-        else "-"
-    )
+    gap = known("gap_mean", "{:+.2f}")
+    if one.get("gap_sd") is not None:
+        gap += f" ± {one['gap_sd']:.2f}"
     saving = " / ".join(known(key, "{:.1f}x") for key in ("saving_min", "saving_median", "saving_max"))
     sent = f"{one['bytes_sent_median'] / 1e6:.0f} MB" if one.get("bytes_sent_median") is not None else "-"
     cells = [
@@ -165,7 +177,7 @@ def plot(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     """Accuracy against computation, both relative to the dense network's.
 
     Filled: assembled from devices, and the device that computes least. Hollow: trained in one place with
-    decoupled losses, and what a device with one task would compute.
+    decoupled losses, and what a device with one task would compute. Bars: the seeds' standard deviation.
     """
     import matplotlib
 
@@ -183,7 +195,7 @@ def plot(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
         axes.errorbar(
             one[saving],
             one[f"{column}_mean"] - one["A_mean"],
-            yerr=one[f"{column}_sd"] or 0.0,
+            yerr=(one.get("gap_sd") if column == "D" else one["C_sd"]) or 0.0,
             fmt="o",
             fillstyle="full" if column == "D" else "none",
             capsize=3,
