@@ -44,15 +44,19 @@ _TEST_FRACTION: Final = 0.2
 _SILENCE_GAINS_DB: Final = (0.0, -10.0, -20.0, -30.0, -40.0)
 
 
-def published_part(name: str) -> Part:
-    """Where the published rule puts a clip: by the digest of its speaker, so that none is on two sides.
+def speaker_of(name: str) -> str | None:
+    """Who speaks in a clip, by its file's name, or None where that does not say.
 
     In the archive a file's name up to `_nohash_` is the speaker's. Where the word has been put before it, as
     in `_unknown_/WORD_SPEAKER_nohash_N.wav`, the speaker is what comes last.
     """
-    file = PurePosixPath(name).name
-    speaker = _SPEAKER.search(file)
-    who = speaker[1] if speaker else file
+    found = _SPEAKER.search(PurePosixPath(name).name)
+    return found[1] if found else None
+
+
+def published_part(name: str) -> Part:
+    """Where the published rule puts a clip: by the digest of its speaker, so that none is on two sides."""
+    who = speaker_of(name) or PurePosixPath(name).name
     digest = hashlib.sha1(who.encode("utf-8", "surrogateescape"), usedforsecurity=False).hexdigest()
     percent = int(digest, 16) % (_HASH_MAX + 1) * (100.0 / _HASH_MAX)
     if percent < _VALIDATION_PERCENT:
@@ -73,7 +77,7 @@ def divided(root: Path, found: ClassFiles) -> tuple[ClassFiles, ClassFiles, list
         test, validation = _read_list(root / _TEST_LIST), _read_list(root / _VALIDATION_LIST)
         parts = [_listed_part(f"{label}/{file.name}", test, validation) for label, file in clips]
         note = f"{shown(root)}: test clips are those of {_TEST_LIST}"
-    elif sum(_SPEAKER.search(file.name) is not None for _, file in clips) * 2 > len(clips):
+    elif sum(speaker_of(file.name) is not None for _, file in clips) * 2 > len(clips):
         parts = [published_part(file.name) for _, file in clips]
         note = f"{shown(root)}: divided by speaker, with the rule of Speech Commands"
     else:

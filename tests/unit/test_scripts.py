@@ -47,6 +47,29 @@ def test_columns_are_compared_by_seed(monkeypatch: pytest.MonkeyPatch) -> None:
     assert report.differences(assembled, dense) == {1: 12.5}
 
 
+def test_each_clip_is_in_the_test_of_one_fold_and_no_speaker_on_both_sides(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clips = {f"{word}/{speaker:08x}_nohash_0.wav" for word in ("yes", "no") for speaker in range(40)}
+    clips |= {f"_silence_/{number}.wav" for number in range(40)}
+    for clip in {*clips, "_background_noise_/hum.wav"}:
+        (tmp_path / "data" / clip).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "data" / clip).touch()
+    monkeypatch.syspath_prepend(ROOT / "scripts" / "python")
+    script = importlib.import_module("speech_folds")
+    counts = script.divide(tmp_path / "data", 4, tmp_path / "out")
+    tests = [
+        (tmp_path / "out" / f"fold-{fold}" / "testing_list.txt").read_text().split() for fold in range(4)
+    ]
+    assert [len(lines) for lines in tests] == counts
+    assert sorted(line for lines in tests for line in lines) == sorted(clips)
+    speakers = [{Path(line).name for line in lines if "nohash" in line} for lines in tests]
+    assert sum(map(len, speakers)) == 40 and all(speakers)
+    assert (tmp_path / "out" / "fold-3" / "_background_noise_" / "hum.wav").exists()
+    with pytest.raises(UsageError, match="fold-0 is there already"):
+        script.divide(tmp_path / "data", 4, tmp_path / "out")
+
+
 def test_classes_are_grouped_by_a_table_by_likeness_or_by_chance(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
