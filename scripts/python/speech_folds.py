@@ -51,25 +51,19 @@ def divide(root: Path, folds: int, out: Path) -> list[int]:
     }
     if not names:
         raise UsageError(f"{root} has no folder of clips")
-    counts = []
-    for fold in range(folds):
+    tests: list[list[str]] = [[] for _ in range(folds)]
+    for label, files in names.items():
+        for name in files:
+            tests[fold_of(label, name, folds)].append(f"{label}/{name}\n")
+    for fold, clips in enumerate(tests):
         folder = out / f"fold-{fold}"
         if folder.exists():
             raise UsageError(f"{folder} is there already", "remove it, or give another --out")
         folder.mkdir(parents=True)
         for path in labels:
             (folder / path.name).symlink_to(path, target_is_directory=True)
-        test = [
-            f"{label}/{name}"
-            for label, files in names.items()
-            for name in files
-            if fold_of(label, name, folds) == fold
-        ]
-        (folder / "testing_list.txt").write_text(
-            "".join(f"{line}\n" for line in test), encoding="utf-8", errors="surrogateescape"
-        )
-        counts.append(len(test))
-    return counts
+        (folder / "testing_list.txt").write_text("".join(clips), encoding="utf-8", errors="surrogateescape")
+    return list(map(len, tests))
 
 
 def main() -> int:
