@@ -47,6 +47,14 @@ def summary(results: list[dict[str, Any]]) -> dict[str, Any]:
         for result in results
     ]
     devices = [device for result in results for device in result["devices"]]
+    busiest = [
+        result["central_training_macs"] / max(device["training_macs"] for device in result["devices"])
+        for result in results
+    ]
+    together = [
+        sum(device["training_macs"] for device in result["devices"]) / result["central_training_macs"]
+        for result in results
+    ]
     return {
         "seeds": [result["seed"] for result in results],
         "assembled_mean": statistics.fmean(assembled),
@@ -61,6 +69,8 @@ def summary(results: list[dict[str, Any]]) -> dict[str, Any]:
         ),
         "median_device_saving_min": min(savings),
         "median_device_saving_mean": statistics.fmean(savings),
+        "busiest_device_saving_min": min(busiest),
+        "network_macs_ratio_mean": statistics.fmean(together),
         "bytes_sent_median": statistics.median(device["bytes_sent"] for device in devices),
         "peak_rss_bytes_max": max(device["peak_rss_bytes"] for device in devices),
         "wall_s_mean": statistics.fmean(result["wall_s"] for result in results),
