@@ -4,22 +4,18 @@ from __future__ import annotations
 
 from fuzz_files import FRAME, MODEL, SEALED_MODEL, SHARD, STATE
 from fuzz_messages import (
-    ADDRESS,
-    ANNOUNCEMENT,
     BOARD_VALUE,
     CALL,
     CONTRIBUTION,
-    JOIN_CODE,
     MESSAGE,
     NOTICE,
-    PACKET,
     RECORD,
-    RUN_SPEC,
     SEALED_RECORD,
     SIGNED_CONTRIBUTION,
     SIGNED_NOTICE,
     STREAM,
 )
+from fuzz_text import ADDRESS, ANNOUNCEMENT, JOIN_CODE, PACKET, RUN_SPEC
 from fuzzing import Target
 
 TARGETS: dict[str, Target] = {

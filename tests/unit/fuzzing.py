@@ -1,7 +1,7 @@
 """What a fuzz target is, and what all of them are made of: actors, and bombs.
 
 A target is one parser of bytes from outside, as a function of bytes, with its promise in one sentence. They
-are in fuzz_messages.py and fuzz_files.py, and listed in fuzz_targets.py.
+are in fuzz_messages.py, fuzz_text.py and fuzz_files.py, and listed in fuzz_targets.py.
 
 `scripts/fuzz` feeds them what a fuzzer invents; the suite feeds them the corpus (tests/corpus/<name>/) and
 what hypothesis invents.
