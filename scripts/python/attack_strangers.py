@@ -19,6 +19,7 @@ import sys
 import tempfile
 import threading
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
@@ -42,7 +43,7 @@ from p2pcollab.errors import P2PCollabError
 from p2pcollab.keys import Identity, RunKeys
 from p2pcollab.planning import PlanOptions, plan_run
 from p2pcollab.records import BOARD_DEVICES
-from p2pcollab.run import JoinCode, RunId
+from p2pcollab.run import JoinCode, RunId, RunSpec
 from p2pcollab.wire import decode_contribution
 
 _HERE: Final = Path(__file__).parent
@@ -344,54 +345,100 @@ def shards_trained(ledger: set[bytes], run_id: RunId) -> int:
     return sum(newest.values())
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Evidence:
+    """What is searched for in the recording, and what was sent in clear to see that the search finds it."""
+
+    recording: Path
+    #: Secrets and names, by what they are.
+    words: dict[str, bytes]
+    #: One of each kind of file that was sent in clear.
+    samples: dict[str, bytes]
+    #: All that were trained and seen.
+    shards: dict[str, bytes]
+    ledger: set[bytes]
+
+
+def planned(digits: Path, seed: int) -> RunSpec:
+    """A run with short leases, so that something is written all the time."""
+    info = inspect(str(digits), None)
+    spec = plan_run(RUN_NAME, info, PlanOptions(epochs=EPOCHS, expected_samples=info.train_images, seed=seed))
+    schedule = spec.schedule.model_copy(update={"lease_samples": 8 * spec.schedule.batch_size})
+    return spec.model_copy(update={"schedule": schedule})
+
+
+def add_victims(lab: Lab, fleet: Fleet, folder: Path, digits: Path) -> list[Victim]:
+    """A device on each host but the last, which is the stranger's."""
+    *hosts, outside = lab.hosts
+    victims = []
+    for number, host in enumerate(hosts, start=1):
+        # Or packets to false addresses would never leave the device, and prove nothing.
+        subprocess.run(
+            ["ip", "-n", host.namespace, "route", "add", "default", "via", outside.address], check=True
+        )
+        device = fleet.add(
+            f"honest-device-{number}",
+            folder / str(number),
+            prefix=host.prefix,
+            interface=host.address,
+            data=str(digits),
+            share=f"{number}/{DEVICES}",
+            threads=1,
+            # The stranger needs the core as well.
+            budget=0.25,
+        )
+        victims.append(Victim(device, host.namespace, host.address))
+    return victims
+
+
+def start_training(victims: list[Victim], spec: RunSpec, code: JoinCode) -> None:
+    """One device opens the run, the others join; until they see each other and train."""
+    first, *others = victims
+    first.device.start(mode="new", spec=spec.encode().decode(), secret_hex=code.secret.hex())
+    for victim in others:
+        victim.device.start(mode="join", code=str(code))
+    wait_until(
+        lambda: all(
+            links(status) == DEVICES - 1 and status["work"] and status["ledger"]["entries"] > 0
+            for status in (victim.status() for victim in victims)
+        ),
+        timeout_s=PATIENCE_S,
+        what="the devices to see each other and train",
+    )
+
+
+def is_seen(device: str, victims: list[Victim], run_id: RunId, believed: set[str]) -> bool:
+    """Whether an insider's record and contribution reach the devices, in a minute."""
+    try:
+        wait_until(
+            lambda: (
+                any(peer["device"] == device for peer in victims[0].status()["peers"])
+                and bool(foreign_contributions(victims, run_id, believed))
+            ),
+            timeout_s=60,
+            what="the insider's record and contribution to be accepted",
+        )
+    except P2PCollabError:
+        return False
+    return True
+
+
 def run(tries: int, names: list[str], seed: int, folder: Path) -> dict[str, Any]:
     """All of it."""
     digits = folder / "digits"
     write_digits(digits)
-    info = inspect(str(digits), None)
-    spec = plan_run(RUN_NAME, info, PlanOptions(epochs=EPOCHS, expected_samples=info.train_images, seed=seed))
-    # Short leases, so that something is written all the time.
-    schedule = spec.schedule.model_copy(update={"lease_samples": 8 * spec.schedule.batch_size})
-    spec = spec.model_copy(update={"schedule": schedule})
+    spec = planned(digits, seed)
     code = JoinCode.create(secrets.token_bytes(16), spec.run_id)
     path = folder / "packets.pcap"
     with Lab(DEVICES + 1) as lab, Fleet() as fleet:
-        *hosts, outside = lab.hosts
-        for host in hosts:
-            # Or packets to false addresses would never leave the device, and prove nothing.
-            subprocess.run(
-                ["ip", "-n", host.namespace, "route", "add", "default", "via", outside.address], check=True
-            )
-        victims = []
-        for number, host in enumerate(hosts, start=1):
-            device = fleet.add(
-                f"honest-device-{number}",
-                folder / str(number),
-                prefix=host.prefix,
-                interface=host.address,
-                data=str(digits),
-                share=f"{number}/{DEVICES}",
-                threads=1,
-                # The stranger needs the core as well.
-                budget=0.25,
-            )
-            victims.append(Victim(device, host.namespace, host.address))
+        outside = lab.hosts[-1]
+        victims = add_victims(lab, fleet, folder, digits)
+        first = victims[0]
         recorder = Recorder(lab._switch, "lan", path)
         stranger = None
         collector = None
         try:
-            first, *others = victims
-            first.device.start(mode="new", spec=spec.encode().decode(), secret_hex=code.secret.hex())
-            for victim in others:
-                victim.device.start(mode="join", code=str(code))
-            wait_until(
-                lambda: all(
-                    links(status) == DEVICES - 1 and status["work"] and status["ledger"]["entries"] > 0
-                    for status in (victim.status() for victim in victims)
-                ),
-                timeout_s=PATIENCE_S,
-                what="the devices to see each other and train",
-            )
+            start_training(victims, spec, code)
             collector = ShardCollector(victims)
             statuses = [victim.status() for victim in victims]
             honest = board_of(statuses)
@@ -415,9 +462,7 @@ def run(tries: int, names: list[str], seed: int, folder: Path) -> dict[str, Any]
                 print(row_text(rows[-1]), flush=True)
                 (folder / "attacks.json").write_text(json.dumps(rows))
 
-            # The counter-checks.
-            statuses = [victim.status() for victim in victims]
-            # So that what is planted is looked for, even if it is replaced at this moment.
+            # The counter-checks. What is planted is looked for, even if it is replaced at this moment.
             collector.shards.update(first.shards())
             samples = {
                 "shards": next(iter(collector.shards.values())),
@@ -427,20 +472,8 @@ def run(tries: int, names: list[str], seed: int, folder: Path) -> dict[str, Any]
             words = secret_words(str(code), spec.run_id, spec.encode(), victims, identities)
             say_in_clear(first.namespace, outside.namespace, outside.address, plant(words, samples))
             answers = stranger.insider()
-            device = stranger.hello["device"]
             believed = {item[0] for item in honest}
-            try:
-                wait_until(
-                    lambda: (
-                        any(peer["device"] == device for peer in first.status()["peers"])
-                        and bool(foreign_contributions(victims, spec.run_id, believed))
-                    ),
-                    timeout_s=60,
-                    what="the insider's record and contribution to be accepted",
-                )
-                seen = True
-            except P2PCollabError:
-                seen = False
+            seen = is_seen(stranger.hello["device"], victims, spec.run_id, believed)
             collector.stop()
         finally:
             if collector is not None:
@@ -457,19 +490,11 @@ def run(tries: int, names: list[str], seed: int, folder: Path) -> dict[str, Any]
         # What was planted may be in no ledger any more.
         ledger = {samples["contributions"]}
         ledger |= {entry for victim in victims for entry in victim.encoded_contributions()}
-    began = time.monotonic()
-    recording = Recording.read(path)
-    files = {"shards": collector.shards.values(), "contributions": ledger, "run spec": [samples["run spec"]]}
-    needles = Needles(words, files)
-    result, control = (
-        search(recording, needles, planted_port=CONTROL_PORT, told={RUN_WORD: MDNS_PORT}, planted=planted)
-        for planted in (False, True)
+    capture, found_again = searched(
+        Evidence(recording=path, words=words, samples=samples, shards=collector.shards, ledger=ledger),
+        spec.run_id,
+        told,
     )
-    search_seconds = time.monotonic() - began
-    missed = sorted(set(words) - {item["what"] for item in control["words_found"]})
-    pieces_planted = {kind: 8 * pieces_to_find(data) for kind, data in samples.items()}
-    pieces_found = {item["what"]: item["pieces"] for item in control["pieces_found"]}
-    outside_packets = recording.sent_to.get(OUTSIDE, 0)
     return {
         "what": "attacks by a stranger without the join code on three devices that train",
         "machine": f"{platform.machine()}, {platform.python_implementation()} {platform.python_version()}",
@@ -477,30 +502,60 @@ def run(tries: int, names: list[str], seed: int, folder: Path) -> dict[str, Any]
         "tries_each": tries,
         "attacks": rows,
         "accepted_writes": sum(row["accepted_writes"] for row in rows),
-        "capture": {
-            **told,
-            "bytes": recording.packet_bytes,
-            "bytes_missing_between_segments": recording.missing_bytes,
-            # Against this, how many shards were seen and are searched for.
-            "shards_trained_at_least": shards_trained(ledger, spec.run_id),
-            "searched_for": {
-                "words": sorted(words),
-                "files": {kind: len(contents) for kind, contents in files.items()},
-                "pieces": needles.pieces,
-                f"pieces_left_out_with_less_than_{VALUES_MIN}_values": needles.plain,
-            },
-            **result,
-            "seconds_of_search": round(search_seconds, 1),
-            "packets_to_an_address_outside": outside_packets,
-        },
+        "capture": capture,
         "counter_checks": {
             "insiders_calls": answers,
             "insiders_record_and_contribution_seen": seen,
-            "words_sent_in_clear_and_missed": missed,
-            "pieces_sent_in_clear": pieces_planted,
-            "pieces_sent_in_clear_and_found": pieces_found,
+            **found_again,
         },
     }
+
+
+def searched(
+    evidence: Evidence, run_id: RunId, told: dict[str, int]
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What of the evidence is in the recording, and whether the search finds what was sent in clear.
+
+    Args:
+        told: what the recorder says of itself.
+    """
+    began = time.monotonic()
+    recording = Recording.read(evidence.recording)
+    samples, words = evidence.samples, evidence.words
+    files = {
+        "shards": evidence.shards.values(),
+        "contributions": evidence.ledger,
+        "run spec": [samples["run spec"]],
+    }
+    needles = Needles(words, files)
+    result, control = (
+        search(recording, needles, planted_port=CONTROL_PORT, told={RUN_WORD: MDNS_PORT}, planted=planted)
+        for planted in (False, True)
+    )
+    capture = {
+        **told,
+        "bytes": recording.packet_bytes,
+        "bytes_missing_between_segments": recording.missing_bytes,
+        # Against this, how many shards were seen and are searched for.
+        "shards_trained_at_least": shards_trained(evidence.ledger, run_id),
+        "searched_for": {
+            "words": sorted(words),
+            "files": {kind: len(contents) for kind, contents in files.items()},
+            "pieces": needles.pieces,
+            f"pieces_left_out_with_less_than_{VALUES_MIN}_values": needles.plain,
+        },
+        **result,
+        "seconds_of_search": round(time.monotonic() - began, 1),
+        "packets_to_an_address_outside": recording.sent_to.get(OUTSIDE, 0),
+    }
+    found_again = {
+        "words_sent_in_clear_and_missed": sorted(
+            set(words) - {item["what"] for item in control["words_found"]}
+        ),
+        "pieces_sent_in_clear": {kind: 8 * pieces_to_find(data) for kind, data in samples.items()},
+        "pieces_sent_in_clear_and_found": {item["what"]: item["pieces"] for item in control["pieces_found"]},
+    }
+    return capture, found_again
 
 
 def row_text(row: dict[str, Any]) -> str:
