@@ -8,7 +8,7 @@ is assembled from devices falls short of C by the price of decentralisation.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -87,6 +87,7 @@ def train_decoupled(
     spec: RunSpec,
     batches: Batches,
     *,
+    repeats: Sequence[Batches] = (),
     device: torch.device | str = "cpu",
     on_step: OnStep | None = None,
 ) -> Central:
@@ -95,6 +96,10 @@ def train_decoupled(
     As in the run, branches see the stem in evaluation mode, the stem is sealed on the way, and examples of
     other classes are thinned.
 
+    Args:
+        repeats: where branches train on their own examples more than once in a pass (`Schedule.positives`),
+            the batches of each further time.
+
     Raises:
         RunError: training diverged.
     """
@@ -102,19 +107,23 @@ def train_decoupled(
     branches = _branches(spec)
     objectives = {shard: BranchObjective(spec, shard, (shard,), device) for shard in branches}
     thinned = {shard: _Thinned(spec, shard, device) for shard in branches}
-    source = iter(batches)
+    source, further = iter(batches), [iter(one) for one in repeats]
     seal, budget = spec.budget(STEM), spec.schedule.budget_samples
     modules: dict[ShardId, nn.Module] = {STEM: nn.Sequential(stem, aux_head), **branches}
     macs = _MacCount(spec, thinned)
 
     def of_branches(images: Tensor, labels: Tensor) -> list[Tensor]:
+        offered = len(labels)
+        for more_images, more_labels in map(next, further):
+            images = torch.cat([images, more_images.to(device, memory_format=torch.channels_last)])
+            labels = torch.cat([labels, more_labels.to(device)])
         stem.eval()
         with torch.no_grad():
             features = stem(images)
         stem.train()
         losses = []
         for shard, branch in branches.items():
-            rows = thinned[shard].rows(labels)
+            rows = thinned[shard].rows(labels, offered)
             macs.branch(shard, len(rows))
             losses.append(objectives[shard](branch(features[rows]), labels[rows]))
         macs.forward(len(labels))
@@ -155,23 +164,31 @@ class _MacCount:
 class _Thinned:
     """Chooses the rows of a batch that a branch trains on: its own examples, and some others.
 
-    As many in every batch, because a kernel for a new shape costs more than the batch.
+    As many in every batch, because a kernel for a new shape costs more than the batch. Of further batches,
+    for examples that are trained on more than once, only own ones, unless there are too few.
     """
 
     def __init__(self, spec: RunSpec, shard: ShardId, device: torch.device | str) -> None:
         classes = spec.task(shard).classes
         own = len(classes) / len(spec.classes)
-        self._kept = own + (1 - own) * spec.schedule.negatives
+        self._kept = own * (spec.schedule.positives or 1) + (1 - own) * spec.schedule.negatives
+        self._whole = spec.schedule.rarity == 1.0
         self._own_C = torch.zeros(len(spec.classes), device=device)
         self._own_C[list(classes)] = 1.0
         self._generator = torch.Generator().manual_seed(spec.seed + spec.shards.index(shard))
 
-    def rows(self, labels: Tensor) -> Tensor:
-        """Indices into the batch, int64."""
-        if self._kept >= 1.0:
-            return torch.arange(len(labels), device=labels.device)
-        order = torch.rand(len(labels), generator=self._generator).to(labels.device) - self._own_C[labels]
-        return order.argsort()[: max(2, round(self._kept * len(labels)))]
+    def rows(self, labels: Tensor, offered: int) -> Tensor:
+        """Indices into the batch and its further ones, int64.
+
+        Args:
+            offered: size of the batch without the further ones.
+        """
+        if self._whole:
+            return torch.arange(offered, device=labels.device)
+        own_N = self._own_C[labels]
+        order = torch.rand(len(labels), generator=self._generator).to(labels.device) - own_N
+        order[offered:] += 2 * (1 - own_N[offered:])
+        return order.argsort()[: max(2, round(self._kept * offered))]
 
 
 class _Joint(nn.Module):

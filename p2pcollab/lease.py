@@ -45,6 +45,8 @@ class Lease:
     ) -> None:
         self.spec = spec
         self.shards = tuple(modules)
+        #: Those that are a task's, not the stem or an undivided network.
+        self.branches = {ShardId(task.id) for task in spec.tasks}.intersection(modules)
         self.start_progress = dict(start_progress)
         self.samples = samples
         self.batch_offered = batch_offered
@@ -107,7 +109,11 @@ class Lease:
     def _rates(self, done: float) -> list[float]:
         """Learning rates in the middle of a batch, so that neither the first nor the last step is wasted."""
         return [
-            learning_rate(self.spec.schedule, self.start_progress[shard] + done / self.spec.budget(shard))
+            learning_rate(
+                self.spec.schedule,
+                self.start_progress[shard] + done / self.spec.budget(shard),
+                branch=shard in self.branches,
+            )
             for shard in self.shards
         ]
 

@@ -18,12 +18,17 @@ from torch import Tensor, nn
 from .run import Schedule
 
 
-def learning_rate(schedule: Schedule, progress: float) -> float:
-    """One cycle over a shard's progress in 0..1: a linear rise, then a cosine to 0."""
+def learning_rate(schedule: Schedule, progress: float, *, branch: bool = False) -> float:
+    """One cycle over a shard's progress in 0..1: a linear rise, then a cosine to 0.
+
+    Args:
+        branch: the shard is one, not the stem, and may have a peak rate of its own.
+    """
+    peak = schedule.branch_lr if branch and schedule.branch_lr is not None else schedule.peak_lr
     if progress < schedule.warmup_fraction:
-        return schedule.peak_lr * progress / schedule.warmup_fraction
+        return peak * progress / schedule.warmup_fraction
     falling = (min(progress, 1.0) - schedule.warmup_fraction) / (1.0 - schedule.warmup_fraction)
-    return schedule.peak_lr * 0.5 * (1.0 + math.cos(math.pi * falling))
+    return peak * 0.5 * (1.0 + math.cos(math.pi * falling))
 
 
 class MeanMomentumSGD:

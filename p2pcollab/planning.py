@@ -14,15 +14,21 @@ from .data import SourceInfo, default_input
 from .errors import UsageError
 from .grouping import Groups, sized, tasks
 from .models import FAMILIES, Family
-from .run import InputSpec, ModelSpec, RunSpec, Schedule, ShardId, TaskSpec
+from .run import InputSpec, RunSpec, Schedule, ShardId, TaskSpec
 
 #: Up to this side, images are digits or icons, and a large network has nothing to pool.
 _SMALL_SIDE_MAX: Final = 12
 #: With one class per task up to here, and as few classes per task as keep to it above, a run has enough tasks
 #: for a household of devices, and a branch has enough positives per batch.
 _TASKS_WANTED_MAX: Final = 20
-#: Weight of the stem's own head in the scores, where tasks hold several classes, beside 1 for each branch.
-_STEM_VOTE: Final = 0.5
+#: How often a branch trains on its own examples in a pass where tasks hold several classes. Without, a batch
+#: has three or four of them, and what tells the task's classes from each other is learnt from no others
+#: (docs/results/method.md).
+_POSITIVES: Final = 3
+#: A task with a greater part of all classes has own examples enough.
+_TASK_SHARE_MAX: Final = 0.1
+#: Learning rate of such branches, in units of the stem's.
+_BRANCH_RATE: Final = 0.5
 #: Leases of one shard over a run. More visit everybody's data more evenly; fewer publish less and start the
 #: momentum afresh less often.
 _LEASES_PER_SHARD: Final = 24
@@ -71,9 +77,9 @@ def plan_run(name: str, info: SourceInfo, options: PlanOptions) -> RunSpec:
             name=name,
             classes=info.classes,
             tasks=tasks_planned,
-            model=_model(family, tasks_planned),
+            model=family.model,
             input=images,
-            schedule=_schedule(family, options.epochs, expected),
+            schedule=_schedule(family, options.epochs, expected, _examples(family, info, tasks_planned)),
             seed=options.seed,
         )
     except ValidationError as error:
@@ -136,13 +142,6 @@ def _family(name: str) -> Family:
     return FAMILIES[name]
 
 
-def _model(family: Family, planned: tuple[TaskSpec, ...]) -> ModelSpec:
-    """How the family is divided; where there are so many classes that tasks hold several, the stem votes."""
-    if all(len(task.classes) == 1 for task in planned):
-        return family.model
-    return family.model.model_copy(update={"stem_vote": _STEM_VOTE})
-
-
 def _tasks(classes: int, options: PlanOptions) -> tuple[TaskSpec, ...]:
     if options.groups is not None and options.classes_per_task is not None:
         raise UsageError("groups and classes per task were both given", "give one of the two")
@@ -153,7 +152,28 @@ def _tasks(classes: int, options: PlanOptions) -> tuple[TaskSpec, ...]:
     return tasks(groups, options.branches_per_class)
 
 
-def _schedule(family: Family, epochs: float | None, expected: int) -> Schedule:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Examples:
+    """On which part of the other classes' examples a branch trains, and how often on its own."""
+
+    negatives: float
+    positives: int | None
+    #: The branch's learning rate in units of the stem's; None: the same.
+    rate: float | None
+
+
+def _examples(family: Family, info: SourceInfo, planned: tuple[TaskSpec, ...]) -> _Examples:
+    """The family's; where own examples are repeated, others make room, so that it costs a device nothing."""
+    negatives = family.training.negatives
+    share = sum(len(task.classes) for task in planned) / len(planned) / len(info.classes)
+    if all(len(task.classes) == 1 for task in planned) or share > _TASK_SHARE_MAX:
+        return _Examples(negatives=negatives, positives=None, rate=None)
+    room = (_POSITIVES - 1) * share / (1 - share)
+    negatives = round(max(negatives - room, negatives / 2), 2)
+    return _Examples(negatives=negatives, positives=_POSITIVES, rate=_BRANCH_RATE)
+
+
+def _schedule(family: Family, epochs: float | None, expected: int, examples: _Examples) -> Schedule:
     hints = family.training
     times = epochs if epochs is not None else hints.epochs
     if not (math.isfinite(times) and times > 0):
@@ -165,15 +185,18 @@ def _schedule(family: Family, epochs: float | None, expected: int) -> Schedule:
     budget = max(1, round(times * expected))
     batch = _batch_size(hints.batch_size, expected)
     batches = round(budget / batch / _LEASES_PER_SHARD)
+    # Linear scaling: half the batch, twice the steps, half the length of each.
+    peak_lr = hints.peak_lr * batch / hints.batch_size
     return Schedule(
         budget_samples=budget,
         lease_samples=min(budget, batch * min(_LEASE_BATCHES_MAX, max(_LEASE_BATCHES_MIN, batches))),
         batch_size=batch,
-        # Linear scaling: half the batch, twice the steps, half the length of each.
-        peak_lr=hints.peak_lr * batch / hints.batch_size,
+        peak_lr=peak_lr,
+        branch_lr=None if examples.rate is None else examples.rate * peak_lr,
         weight_decay=hints.weight_decay,
         stem_seal_fraction=hints.seal,
-        negatives=hints.negatives,
+        negatives=examples.negatives,
+        positives=examples.positives,
     )
 
 

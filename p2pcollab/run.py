@@ -176,6 +176,8 @@ class Schedule(Frozen):
     lease_samples: Annotated[int, Field(ge=1, le=10**9)]
     batch_size: Annotated[int, Field(ge=2, le=4096)]
     peak_lr: Annotated[float, Field(gt=0.0, le=100.0)]
+    #: That of branches; None: the same.
+    branch_lr: Annotated[float, Field(gt=0.0, le=100.0)] | None = None
     momentum: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.9
     weight_decay: Annotated[float, Field(ge=0.0, le=1.0)] = 5e-4
     #: Fraction of the budget over which the learning rate rises.
@@ -184,6 +186,13 @@ class Schedule(Frozen):
     stem_seal_fraction: Annotated[float, Field(gt=0.0, le=1.0)] = 0.7
     #: Fraction of the other classes' examples that a branch trains on in each pass; its own it trains all.
     negatives: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
+    #: How often a branch trains on each example of its own classes in a pass, augmented anew; None: once.
+    positives: Annotated[int, Field(ge=2, le=16)] | None = None
+
+    @property
+    def rarity(self) -> float:
+        """How much rarer another class's example is than one of its own in what a branch trains on, 0..1."""
+        return self.negatives / (self.positives or 1)
 
 
 class RunSpec(Frozen):

@@ -166,11 +166,11 @@ def train_branches(
 class BranchObjective:
     """A branch's own loss: cross-entropy over {its classes, "other"}.
 
-    Where examples of other classes are thinned, "other" is as much rarer in training. Its logit is trained
-    with the logarithm of that fraction added, so that without it the branch gives the probabilities of
-    unthinned data (the correction of sampled softmax, Jean et al. 2015). In a bundle, the other tasks'
-    examples are not thinned, and count for as much less: the loss of a branch is the same in expectation
-    whatever else is in its bundle.
+    Where examples of other classes are thinned, or own ones repeated, "other" is as much rarer in training.
+    Its logit is trained with the logarithm of that fraction added, so that without it the branch gives the
+    probabilities of the data as they are (the correction of sampled softmax, Jean et al. 2015). In a bundle,
+    the other tasks' examples are as frequent as the branch's own, and count for as much less: the loss of a
+    branch is the same in expectation whatever else is in its bundle.
     """
 
     def __init__(
@@ -180,17 +180,17 @@ class BranchObjective:
         Args:
             bundle: all branches that are trained on the same batches.
         """
-        kept = spec.schedule.negatives
+        rarity = spec.schedule.rarity
         self._local_C = local_labels(spec, shard).to(device)
         own = len(spec.task(shard).classes)
         self._shift_K = torch.zeros(own + 1, device=device)
-        self._shift_K[-1] = math.log(kept)
+        self._shift_K[-1] = math.log(rarity)
         self._weight_C: Tensor | None = None
         beside = {index for other in bundle for index in spec.task(other).classes}
         beside -= set(spec.task(shard).classes)
-        if kept < 1.0 and beside:
+        if rarity < 1.0 and beside:
             self._weight_C = torch.ones(len(spec.classes), device=device)
-            self._weight_C[sorted(beside)] = kept
+            self._weight_C[sorted(beside)] = rarity
 
     def __call__(self, logits_BK: Tensor, labels_B: Tensor) -> Tensor:
         """The mean loss of a batch; labels are of the run's classes."""

@@ -19,6 +19,7 @@ from .arrays import ArrayDataset
 from .augment import Augmentation
 
 Pixels = npt.NDArray[np.uint8]
+Indices = npt.NDArray[np.int64]
 Batch = tuple[torch.Tensor, torch.Tensor]
 
 #: Batch normalisation has no variance to work with in a batch of 1.
@@ -27,7 +28,7 @@ _BATCH_MIN: Final = 2
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Thinning:
-    """Which part of a data set the branches of some tasks train on: all their own examples, some others.
+    """How often the branches of some tasks train on each example of a data set: on their own more often.
 
     A branch sees ten times as many examples of other classes as of its own where there are ten tasks. Every
     pass over the data draws other ones, so that all of them are seen in the end.
@@ -37,21 +38,35 @@ class Thinning:
     own: frozenset[int]
     #: Probability that an example of another class is kept in a pass.
     kept: float
+    #: How often each example of an own class is in a pass.
+    repeats: int = 1
 
     @classmethod
     def of(cls, spec: RunSpec, shards: Iterable[ShardId]) -> Thinning:
         """What a bundle of branches trains on; the stem trains on everything."""
         tasks = [spec.task(shard) for shard in shards if shard != STEM]
         own = frozenset(index for task in tasks for index in task.classes)
-        return cls(own=own, kept=spec.schedule.negatives if tasks else 1.0)
+        if not tasks:
+            return cls(own=own, kept=1.0)
+        return cls(own=own, kept=spec.schedule.negatives, repeats=spec.schedule.positives or 1)
 
-    def probabilities(self, labels: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
-        """Of each example, that a pass keeps it, float64 [N]."""
-        return np.where(np.isin(labels, list(self.own)), 1.0, self.kept)
+    def times(self, labels: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
+        """How often a pass has each example in expectation, float64 [N]."""
+        return np.where(np.isin(labels, list(self.own)), float(self.repeats), self.kept)
 
     def offered_per_trained(self, dataset: ArrayDataset) -> float:
-        """How many examples of the data set each one that is trained on stands for, at least 1."""
-        return len(dataset) / float(self.probabilities(dataset.labels).sum()) if len(dataset) else 1.0
+        """How many examples of the data set each one that is trained on stands for."""
+        return len(dataset) / float(self.times(dataset.labels).sum()) if len(dataset) else 1.0
+
+    def one_pass(
+        self, order: Indices, labels: npt.NDArray[np.int64], generator: np.random.Generator
+    ) -> Indices:
+        """Indices of a pass in their order, int64: of one over all examples, what is kept, and repeated."""
+        own_N = np.isin(labels[order], list(self.own))
+        more = np.repeat(order[own_N], self.repeats - 1)
+        if self.kept < 1.0:
+            order = order[own_N | (generator.random(len(order)) < self.kept)]
+        return generator.permutation(np.concatenate([order, more])) if len(more) else order
 
 
 def batches(
@@ -69,7 +84,7 @@ def batches(
     of one image is seen twice in each batch. As many batches come as it takes to reach `samples`, so their
     sum exceeds it by less than one batch. A batch may reach from one pass into the next.
 
-    With a thinning as many batches come, each smaller by what is left out.
+    With a thinning as many batches come, each smaller by what is left out, or larger by what is repeated.
 
     Returns:
         Pairs of images, float32 [B, C, H, W], normalised, and labels, int64 [B].
@@ -97,9 +112,7 @@ def _batches(
 ) -> Iterator[Batch]:
     generator = np.random.default_rng(seed)
     offered = size = offered_batch(dataset, spec)
-    probabilities = None
-    if thinning is not None and thinning.kept < 1.0:
-        probabilities = thinning.probabilities(dataset.labels)
+    if thinning is not None:
         size = max(_BATCH_MIN, round(offered / thinning.offered_per_trained(dataset)))
     normalise = _Normaliser(spec.input)
     augmentation = Augmentation(spec.input, dataset.noise, generator) if augment else None
@@ -107,8 +120,8 @@ def _batches(
     for _ in range(-(-samples // offered)):
         while len(queue) < size:
             order = generator.permutation(len(dataset))
-            if probabilities is not None:
-                order = order[generator.random(len(order)) < probabilities[order]]
+            if thinning is not None:
+                order = thinning.one_pass(order, dataset.labels, generator)
             queue = np.concatenate([queue, order])
         chosen, queue = queue[:size], queue[size:]
         images = dataset.images[chosen]

@@ -125,7 +125,7 @@ class Priced(PretendedTraining):
         self.begun: list[tuple[ShardId, int]] = []
 
     def _macs(self, shards: Sequence[ShardId]) -> float:
-        trained = Thinning.of(self._spec, shards).probabilities(self._classes).mean()
+        trained = Thinning.of(self._spec, shards).times(self._classes).mean()
         return float(trained * cost.training_macs(self._spec, shards))
 
     def train(self, device: Device, plan: JobPlan) -> tuple[Contribution, ...]:

@@ -13,9 +13,14 @@ from p2pcollab.training import accuracy, log_probabilities
 TASKS = ((0,), (1, 2), (3,))
 
 
-def _spec(negatives: float = 1.0) -> RunSpec:
+def _spec(negatives: float = 1.0, positives: int | None = None) -> RunSpec:
     schedule = Schedule(
-        budget_samples=960, lease_samples=160, batch_size=16, peak_lr=0.05, negatives=negatives
+        budget_samples=960,
+        lease_samples=160,
+        batch_size=16,
+        peak_lr=0.05,
+        negatives=negatives,
+        positives=positives,
     )
     return model_spec(tasks=TASKS, schedule=schedule)
 
@@ -54,3 +59,17 @@ def test_decoupled_training_on_thinned_examples_still_learns_and_costs_less() ->
     trained = train_decoupled(thinned, examples(thinned, batches=60))
     assert trained.macs < train_decoupled(whole, examples(whole, batches=60)).macs
     assert accuracy(trained.model, examples(thinned, batches=10, seed=9)) > 0.9
+
+
+def test_decoupled_training_repeats_own_examples_from_further_batches() -> None:
+    """Of 16 offered examples a task of one of four classes trains on four three times, and half of twelve."""
+    spec = _spec(negatives=0.5, positives=3)
+    further = [examples(spec, batches=60, seed=seed) for seed in (1, 2)]
+    trained = train_decoupled(spec, examples(spec, batches=60), repeats=further)
+    rows = {1: 3 * 4 + 6, 2: 3 * 8 + 4}
+    branches = sum(
+        rows[len(task.classes)] * 3 * cost.macs_branch(spec, ShardId(task.id)) for task in spec.tasks
+    )
+    stem = 672 * cost.training_macs(spec, (STEM,)) + 3 * 960 * cost.macs_stem(spec)
+    assert trained.macs == stem + 60 * branches
+    assert accuracy(trained.model, examples(spec, batches=10, seed=9)) > 0.9

@@ -159,13 +159,14 @@ def labelled(labels: list[int]) -> ArrayDataset:
 @given(
     counts=st.lists(st.integers(0, 30), min_size=2, max_size=5).filter(lambda counts: sum(counts) > 1),
     kept=st.floats(0.05, 1.0),
+    repeats=st.integers(1, 4),
     batch_size=st.integers(2, 40),
     samples=st.integers(1, 300),
 )
-def test_thinned_batches_are_as_many_and_of_one_smaller_size(counts, kept, batch_size, samples):
+def test_thinned_batches_are_as_many_and_of_one_size(counts, kept, repeats, batch_size, samples):
     dataset = labelled([label for label, count in enumerate(counts) for _ in range(count)])
     spec = run_spec(channels=1, size=8, batch_size=batch_size, augment="none")
-    thinning = Thinning(own=frozenset({0}), kept=kept)
+    thinning = Thinning(own=frozenset({0}), kept=kept, repeats=repeats)
     whole = list(batches(dataset, spec, seed=0, samples=samples))
     thinned = list(batches(dataset, spec, seed=0, samples=samples, thinning=thinning))
     assert len(thinned) == len(whole) == -(-samples // offered_batch(dataset, spec))
@@ -193,10 +194,27 @@ def test_thinning_keeps_all_own_examples_of_a_pass_and_other_examples_in_turn():
     assert sum(count == 0 for count in others) < 30
 
 
+def test_own_examples_are_repeated_in_every_pass_apart_from_each_other():
+    dataset = marked(200)
+    spec = run_spec(channels=1, size=8, batch_size=20, augment="none")
+    thinning = Thinning(own=frozenset(range(20)), kept=0.5, repeats=3)
+    assert thinning.offered_per_trained(dataset) == pytest.approx(200 / (3 * 20 + 180 / 2))
+    parts = [labels.tolist() for _, labels in batches(dataset, spec, seed=1, samples=2000, thinning=thinning)]
+    seen = Counter(label for labels in parts for label in labels)
+    # Ten passes: each own example about 30 times, each other one about five.
+    assert all(27 <= seen[label] <= 33 for label in range(20))
+    others = [seen[label] for label in range(20, 200)]
+    assert 4.5 <= sum(others) / len(others) <= 5.5
+    # In the 15 places of a batch there are six own examples, mostly different ones.
+    together = [len(labels) - len(set(labels)) for labels in parts]
+    assert sum(together) / len(together) < 1.5
+
+
 def test_the_stem_is_not_thinned():
     schedule = run_spec(channels=1, size=8, batch_size=20, augment="none").schedule
     spec = run_spec(channels=1, size=8, batch_size=20, augment="none")
-    spec = spec.model_copy(update={"schedule": schedule.model_copy(update={"negatives": 0.1})})
-    assert Thinning.of(spec, [STEM]).kept == 1.0
+    changed = schedule.model_copy(update={"negatives": 0.1, "positives": 2})
+    spec = spec.model_copy(update={"schedule": changed})
+    assert Thinning.of(spec, [STEM]) == Thinning(own=frozenset(), kept=1.0)
     task = ShardId(spec.tasks[0].id)
-    assert Thinning.of(spec, [task]) == Thinning(own=frozenset(spec.tasks[0].classes), kept=0.1)
+    assert Thinning.of(spec, [task]) == Thinning(own=frozenset(spec.tasks[0].classes), kept=0.1, repeats=2)

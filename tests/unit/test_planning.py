@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from p2pcollab import limits
 from p2pcollab.data import SourceInfo
+from p2pcollab.data.batches import Thinning
 from p2pcollab.data.sources import Source
 from p2pcollab.errors import UsageError
+from p2pcollab.models import FAMILIES
 from p2pcollab.planning import PlanOptions, parse_image_size, plan_run, tasks_of
-from p2pcollab.run import RunSpec
+from p2pcollab.run import RunSpec, ShardId
 
 
 def source(classes: int = 10, side: int = 32, per_class: int = 500) -> SourceInfo:
@@ -65,6 +68,26 @@ def test_the_stems_own_head_votes_where_tasks_hold_several_classes(
     classes: int, wishes: dict[str, object], vote: float | None
 ) -> None:
     assert plan(source(classes), **wishes).model.stem_vote == vote
+
+
+@pytest.mark.parametrize(
+    ("classes", "wishes", "positives"),
+    [(10, {}, None), (20, {}, None), (21, {}, 3), (100, {}, 3), (10, {"classes_per_task": 2}, None)],
+)
+def test_own_examples_are_repeated_where_tasks_hold_several_of_many_classes(
+    classes: int, wishes: dict[str, object], positives: int | None
+) -> None:
+    assert plan(source(classes), **wishes).schedule.positives == positives
+
+
+@pytest.mark.parametrize("family", ["alexnet", "vgg16"])
+@pytest.mark.parametrize("classes", [40, 100, 250])
+def test_repeating_own_examples_costs_a_device_nothing(family: str, classes: int) -> None:
+    spec = plan(source(classes), family=family)
+    labels = np.arange(classes)
+    trained = Thinning.of(spec, [ShardId("t0")]).times(labels).mean()
+    once = Thinning(own=frozenset(spec.tasks[0].classes), kept=FAMILIES[family].training.negatives)
+    assert trained == pytest.approx(once.times(labels).mean(), abs=0.01)
 
 
 def test_every_shard_sees_all_data_as_often_as_wished() -> None:

@@ -243,12 +243,20 @@ def test_evaluation_without_examples_knows_nothing() -> None:
     assert evaluation.scores[T0].accuracy == 0.0
 
 
-def test_unthinned_probabilities_are_learnt_from_thinned_examples() -> None:
-    """One example in ten is the branch's own; of the others one in four is kept."""
-    schedule = Schedule(budget_samples=960, lease_samples=160, batch_size=16, peak_lr=0.05, negatives=0.25)
+@pytest.mark.parametrize("positives", [None, 3])
+def test_unthinned_probabilities_are_learnt_from_thinned_and_repeated_examples(positives: int | None) -> None:
+    """Of the other classes' examples one in four is kept."""
+    schedule = Schedule(
+        budget_samples=960,
+        lease_samples=160,
+        batch_size=16,
+        peak_lr=0.05,
+        negatives=0.25,
+        positives=positives,
+    )
     spec = model_spec(schedule=schedule)
     objective = training.BranchObjective(spec, T0, (T0,), "cpu")
-    labels = torch.tensor([0] * 40 + [1] * 30 + [2] * 30 + [3] * 30)
+    labels = torch.tensor([0] * 40 * (positives or 1) + [1] * 30 + [2] * 30 + [3] * 30)
     logits = torch.zeros(2, requires_grad=True)
     for _ in range(2000):
         objective(logits.expand(len(labels), 2), labels).backward()
@@ -258,13 +266,24 @@ def test_unthinned_probabilities_are_learnt_from_thinned_examples() -> None:
     assert logits.softmax(0)[0].item() == pytest.approx(40 / (40 + 90 / 0.25), abs=1e-3)
 
 
-def test_what_a_branch_learns_from_thinned_examples_does_not_depend_on_its_bundle() -> None:
+@pytest.mark.parametrize("positives", [None, 3])
+def test_what_a_branch_learns_from_thinned_examples_does_not_depend_on_its_bundle(
+    positives: int | None,
+) -> None:
     """In expectation over what is kept: here every example is there as often as it is kept on average."""
-    schedule = Schedule(budget_samples=960, lease_samples=160, batch_size=16, peak_lr=0.05, negatives=0.5)
+    schedule = Schedule(
+        budget_samples=960,
+        lease_samples=160,
+        batch_size=16,
+        peak_lr=0.05,
+        negatives=0.5,
+        positives=positives,
+    )
     spec = model_spec(schedule=schedule)
     logits_of_class = torch.randn(4, 2, generator=torch.Generator().manual_seed(0))
-    alone = torch.tensor([0] * 4 + [1] * 2 + [2] * 2 + [3] * 2)
-    together = torch.tensor([0] * 4 + [1] * 4 + [2] * 2 + [3] * 2)
+    own = 4 * (positives or 1)
+    alone = torch.tensor([0] * own + [1] * 2 + [2] * 2 + [3] * 2)
+    together = torch.tensor([0] * own + [1] * own + [2] * 2 + [3] * 2)
     one = training.BranchObjective(spec, T0, (T0,), "cpu")(logits_of_class[alone], alone)
     other = training.BranchObjective(spec, T0, (T0, T1), "cpu")(logits_of_class[together], together)
     assert one.item() == pytest.approx(other.item(), rel=1e-5)

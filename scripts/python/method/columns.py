@@ -37,6 +37,8 @@ _CENTRAL: Final[Mapping[str, Callable[..., Central]]] = {
     "B": train_grouped,
     "C": train_decoupled,
 }
+#: Apart from all seeds of the runs: for the further times that branches see their own examples.
+_FURTHER_SEED: Final = 1_000_003
 #: Steps of one timing, and how often the two networks take turns.
 _TIMED_STEPS: Final = 16
 _TURNS: Final = 7
@@ -87,7 +89,11 @@ def _central(
         return True
 
     source = batches(data.train, spec, seed=seed, samples=budget)
-    trained = _CENTRAL[column](spec, source, device=device, on_step=on_step)
+    more: dict[str, Any] = {}
+    if column == "C" and spec.schedule.positives is not None:
+        seeds = [_FURTHER_SEED * (seed + 1) + again for again in range(1, spec.schedule.positives)]
+        more["repeats"] = [batches(data.train, spec, seed=one, samples=budget) for one in seeds]
+    trained = _CENTRAL[column](spec, source, device=device, on_step=on_step, **more)
     return {
         **_accuracies(trained.model, data.test, spec, device),
         "macs": trained.macs,

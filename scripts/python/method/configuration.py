@@ -64,6 +64,10 @@ class Configuration:
         for name, value in settings.items():
             if name in ("branch_squeeze", "stem_vote"):
                 model = model.model_copy(update={name: value or None})
+            elif name == "branch_lr":
+                schedule = schedule.model_copy(update={name: value or None})
+            elif name == "positives":
+                schedule = schedule.model_copy(update={name: int(value) if value > 1 else None})
             elif name in ModelSpec.model_fields:
                 model = model.model_copy(update={name: _as(getattr(model, name), value)})
             elif name in Schedule.model_fields:
@@ -77,13 +81,12 @@ class Configuration:
         """Name of a result: equal for equal work. The dense network's depends on nothing of the branches."""
         spec = self.spec(seed, column).model_dump(mode="json")
         spec.pop("name")
-        if spec["model"]["stem_vote"] is None:
-            del spec["model"]["stem_vote"]  # as results were named before there was such a vote
+        _drop_unset(spec)
         if column == "A":
             for field in ("stem_stages", "stem_width", "branch_width", "branch_squeeze", "stem_vote"):
                 spec["model"].pop(field, None)
-            for field in ("lease_samples", "stem_seal_fraction", "negatives"):
-                spec["schedule"].pop(field)
+            for field in ("lease_samples", "stem_seal_fraction", "negatives", "positives", "branch_lr"):
+                spec["schedule"].pop(field, None)
             spec.pop("tasks")
         described: dict[str, Any] = {"spec": spec, "source": self._data, "limit": self.limit}
         if column == "D":
@@ -101,9 +104,17 @@ class Configuration:
         """Name of what is measured once for all seeds (`columns.measure`)."""
         spec = self.spec(0).model_dump(mode="json")
         spec.pop("name")
-        spec["model"].pop("stem_vote")  # it changes nothing of what is trained
+        spec["model"].pop("stem_vote", None)  # it changes nothing of what is trained
+        _drop_unset(spec)
         described = {"spec": spec, "source": self._data, "limit": self.limit}
         return f"{self.dataset}-{self.model}-measured-{_digest(described)}"
+
+
+def _drop_unset(spec: dict[str, Any]) -> None:
+    """Leave out fields that are not set, and that there were not when the first results were named."""
+    for part, name in (("model", "stem_vote"), ("schedule", "positives"), ("schedule", "branch_lr")):
+        if spec[part].get(name) is None:
+            spec[part].pop(name, None)
 
 
 def _digest(described: Mapping[str, Any]) -> str:

@@ -111,7 +111,7 @@ def _saving_one_task(fields: Mapping[str, Any]) -> float:
     spec = RunSpec.model_validate(fields)
     classes = np.arange(len(spec.classes))
     costs = [
-        Thinning.of(spec, [shard]).probabilities(classes).mean() * cost.training_macs(spec, [shard])
+        Thinning.of(spec, [shard]).times(classes).mean() * cost.training_macs(spec, [shard])
         for shard in spec.shards
         if shard != STEM
     ]
