@@ -1,8 +1,8 @@
 """The global model: put together from what a device has, as one file, and read back.
 
-The file is safetensors with float32 tensors `stem.*` and `<task id>.*`, `aux.*` where the stem's own head
-votes, and in its metadata the run spec and the provenance of every shard. Equal ledgers give equal bytes:
-nothing in them says who assembled them, or when.
+The file is safetensors with float32 tensors `stem.*` and `<task id>.*`, and in its metadata the run spec and
+the provenance of every shard. Equal ledgers give equal bytes: nothing in them says who assembled them, or
+when.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from .files import storage_error, write_atomic
 from .ledger import Contribution, joined_seen, states_digest
 from .merging import merge
 from .models import GlobalModel, blank_shard, blank_stem, initial_shard
-from .models.build import AUX_PREFIX, MOMENTUM_PREFIX, STEM_PREFIX, filled, with_prefix
+from .models.build import MOMENTUM_PREFIX, STEM_PREFIX, filled, with_prefix
 from .run import PROTOCOLS_READ, STEM, RunSpec, ShardId
-from .shards import ShardTensors, restore_aux_head, restore_branch
+from .shards import ShardTensors, restore_branch
 
 FORMAT_VERSION: Final = 1
 Frontiers = Mapping[ShardId, Sequence[Contribution]]
@@ -114,7 +114,7 @@ def assemble(spec: RunSpec, frontiers: Frontiers, tensors_of: TensorsOf) -> Asse
         if shard != STEM and not frontier:
             continue
         state = merged_shard(spec, shard, frontier, tensors_of)
-        tensors.update({name: state[own] for name, own in _names(spec, shard, state).items()})
+        tensors.update({name: state[own] for name, own in _names(shard, state).items()})
         provenance[shard] = _provenance(frontier)
     return Assembled(spec=spec, tensors=tensors, provenance=provenance)
 
@@ -176,9 +176,7 @@ def load_model(source: Path | bytes) -> LoadedModel:
         if shard != STEM
     }
     stem = filled(blank_stem(spec), with_prefix(parts.states[STEM], STEM_PREFIX))
-    votes = spec.model.stem_vote is not None
-    aux_head = restore_aux_head(spec, parts.states[STEM]) if votes else None
-    model = GlobalModel(spec, stem, branches, aux_head)
+    model = GlobalModel(spec, stem, branches)
     missing = tuple(shard for shard in spec.shards if shard not in parts.states)
     return LoadedModel(spec=spec, model=model.eval(), provenance=parts.provenance, missing=missing)
 
@@ -226,18 +224,17 @@ def _parts(data: bytes) -> ModelParts:
         blank = blank_shard(spec, shard)
         states[shard] = {
             own: _tensor(header.pop(name, None), body, name, blank[own])
-            for name, own in _names(spec, shard, blank).items()
+            for name, own in _names(shard, blank).items()
         }
     if header:
         raise PeerError(f"it holds a tensor {next(iter(header))[:40]!r} that the run's model has not")
     return ModelParts(spec=spec, states=states, provenance=_parse_json(provenance))
 
 
-def _names(spec: RunSpec, shard: ShardId, tensors: Mapping[str, Tensor]) -> dict[str, str]:
-    """Name in the file -> name in the shard. Momentum is never assembled, the stem's own head if it votes."""
+def _names(shard: ShardId, tensors: Mapping[str, Tensor]) -> dict[str, str]:
+    """Name in the file -> name in the shard. Momentum and the stem's own head are never assembled."""
     if shard == STEM:
-        prefixes = (STEM_PREFIX,) if spec.model.stem_vote is None else (STEM_PREFIX, AUX_PREFIX)
-        return {name: name for name in tensors if name.startswith(prefixes)}
+        return {name: name for name in tensors if name.startswith(STEM_PREFIX)}
     return {f"{shard}.{name}": name for name in tensors if not name.startswith(MOMENTUM_PREFIX)}
 
 

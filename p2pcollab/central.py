@@ -1,9 +1,9 @@
 """Central training, to compare with: what the collaboration gives up is told apart in three steps.
 
-(A) the dense network under one softmax; (B) the grouped network, which is what is assembled (but for the
-stem's own head, where it votes), trained as a whole under one softmax; (C) the grouped network with the
-decoupled losses, on all the data in one place. A - B is the price of grouping, B - C that of the losses; what
-is assembled from devices falls short of C by the price of decentralisation.
+(A) the dense network under one softmax; (B) the grouped network, which is what is assembled, trained as a
+whole under one softmax; (C) the grouped network with the decoupled losses, on all the data in one place.
+A - B is the price of grouping, B - C that of the losses; what is assembled from devices falls short of C by
+the price of decentralisation.
 """
 
 from __future__ import annotations
@@ -139,7 +139,7 @@ def train_decoupled(
     if done < budget:
         second = Lease(spec, branches, dict.fromkeys(branches, done / budget), budget - done, device)
         second.run(source, of_branches, on_step, autocast_for(device, spec))
-    return Central(model=SubModel(spec, stem, branches, aux_head).eval(), macs=macs.total)
+    return Central(model=SubModel(spec, stem, branches).eval(), macs=macs.total)
 
 
 class _MacCount:

@@ -79,9 +79,6 @@ class ModelSpec(Frozen):
     #: A branch first brings the stem's maps down to this fraction of their channels, by a 1x1 convolution;
     #: None: it takes them as they are.
     branch_squeeze: Annotated[float, Field(gt=0.0, le=1.0)] | None = None
-    #: Weight of the stem's own all-class head in the score of each class, beside 1 for each of its branches;
-    #: None: the head only trains the stem, and is not assembled.
-    stem_vote: Annotated[float, Field(gt=0.0, le=4.0)] | None = None
 
 
 class AudioSpec(Frozen):

@@ -22,7 +22,7 @@ from .stages import aux_plan, branch_plan, dense_plan, stem_plan
 
 Module = TypeVar("Module", bound=nn.Module)
 
-#: Prefixes in the stem's shard: the stem proper, and its auxiliary head, which is assembled where it votes.
+#: Prefixes in the stem's shard: the stem proper, and its auxiliary head, which is not assembled.
 STEM_PREFIX: Final = "stem."
 AUX_PREFIX: Final = "aux."
 #: Prefix of the optimiser's momentum in every shard: it travels with what it belongs to, and is never

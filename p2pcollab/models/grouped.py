@@ -70,9 +70,8 @@ class GlobalModel(ScoringNetwork):
         spec: RunSpec,
         stem: Stem,
         branches: Mapping[ShardId, Classifier],
-        aux_head: Classifier | None = None,
     ) -> None:
-        super().__init__(spec, copy.deepcopy(stem), tuple(branches), copy.deepcopy(aux_head))
+        super().__init__(spec, copy.deepcopy(stem), tuple(branches))
         self.branches = GroupedBranches(spec, tuple(branches.values())) if branches else None
 
     def branch_logits(self, features_BFHW: Tensor) -> list[Tensor]:

@@ -1,9 +1,7 @@
 """From the branches' logits to scores of the classes, and the network of one device.
 
 The score of class c is log p(c|x) under the softmax of its branch over {its classes, "other"}, or the
-mean over its branches where tasks overlap. Where the stem's own head has a vote (`ModelSpec.stem_vote`), its
-log-probability is one more, of that weight: the head was trained for the stem's sake, and costs nothing more.
-A class whose branches are all missing scores minus infinity.
+mean over its branches where tasks overlap. A class whose branches are all missing scores minus infinity.
 """
 
 from __future__ import annotations
@@ -18,10 +16,7 @@ from .layers import Classifier, Stem
 
 
 class ClassScores(nn.Module):
-    """Logits of some branches, each [B, k + 1] -> log-probabilities per class [B, C].
-
-    Logits [B, C] of the stem's own head, if they are given, count with the weight `vote`.
-    """
+    """Logits of some branches, each [B, k + 1] -> log-probabilities per class [B, C]."""
 
     columns: Tensor
     holders: Tensor
@@ -34,40 +29,25 @@ class ClassScores(nn.Module):
         self.register_buffer("columns", torch.tensor(columns, dtype=torch.int64), persistent=False)
         holders = torch.bincount(self.columns, minlength=self.classes)
         self.register_buffer("holders", holders.to(torch.float32), persistent=False)
-        self.vote = spec.model.stem_vote or 0.0
 
-    def forward(self, logits: Sequence[Tensor], images: Tensor, of_stem: Tensor | None = None) -> Tensor:
+    def forward(self, logits: Sequence[Tensor], images: Tensor) -> Tensor:
         total_BC = torch.zeros(len(images), self.classes, device=images.device)
         if logits:
             own = [branch.float().log_softmax(1)[:, :-1] for branch in logits]
             total_BC = total_BC.index_add(1, self.columns, torch.cat(own, dim=1))
-        voters = self.holders.clamp(min=1)
-        if of_stem is not None:
-            total_BC = total_BC + self.vote * of_stem.float().log_softmax(1)
-            voters = voters + self.vote
-        return torch.where(self.holders > 0, total_BC / voters, -torch.inf)
+        return torch.where(self.holders > 0, total_BC / self.holders.clamp(min=1), -torch.inf)
 
 
 class ScoringNetwork(nn.Module):
     """A stem and what follows it: images [B, F, H, W] -> log-probabilities per class [B, C]."""
 
-    def __init__(
-        self, spec: RunSpec, stem: Stem, shards: Sequence[ShardId], aux_head: Classifier | None
-    ) -> None:
+    def __init__(self, spec: RunSpec, stem: Stem, shards: Sequence[ShardId]) -> None:
         """
         Args:
             shards: the branches' tasks, in the order of their logits.
-            aux_head: the stem's own, needed where it has a vote.
-
-        Raises:
-            ValueError: it has a vote, and is missing.
         """
         super().__init__()
-        votes = spec.model.stem_vote is not None
-        if votes and aux_head is None:
-            raise ValueError("the stem's own head has a vote, and is missing")
         self.stem = stem
-        self.aux_head = aux_head if votes else None
         self.scores = ClassScores(spec, shards)
 
     def branch_logits(self, features_BFHW: Tensor) -> Sequence[Tensor]:
@@ -76,8 +56,7 @@ class ScoringNetwork(nn.Module):
 
     def forward(self, images_BFHW: Tensor) -> Tensor:
         features = self.stem(images_BFHW)
-        of_stem = self.aux_head(features) if self.aux_head is not None else None
-        scores_BC: Tensor = self.scores(self.branch_logits(features), images_BFHW, of_stem)
+        scores_BC: Tensor = self.scores(self.branch_logits(features), images_BFHW)
         return scores_BC
 
 
@@ -92,9 +71,8 @@ class SubModel(ScoringNetwork):
         spec: RunSpec,
         stem: Stem,
         branches: Mapping[ShardId, Classifier],
-        aux_head: Classifier | None = None,
     ) -> None:
-        super().__init__(spec, stem, tuple(branches), aux_head)
+        super().__init__(spec, stem, tuple(branches))
         self.branches = nn.ModuleDict({str(shard): branch for shard, branch in branches.items()})
 
     def branch_logits(self, features_BFHW: Tensor) -> list[Tensor]:

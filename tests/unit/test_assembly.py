@@ -24,7 +24,7 @@ from p2pcollab.ledger import Contribution
 from p2pcollab.merging import merge
 from p2pcollab.models import SubModel, initial_shard
 from p2pcollab.run import STEM, DeviceId, RunSpec, ShardId
-from p2pcollab.shards import ShardTensors, restore_aux_head, restore_branch, restore_stem
+from p2pcollab.shards import ShardTensors, restore_branch, restore_stem
 
 SPEC = model_spec(tasks=((0,), (1, 2), (2, 3), (0, 3)))
 T0, T1, T2, T3 = (ShardId(task.id) for task in SPEC.tasks)
@@ -94,25 +94,6 @@ def test_model_holds_the_merged_shards_and_scores_like_them() -> None:
         torch.testing.assert_close(loaded.model(images), expected, rtol=1e-4, atol=1e-5)
     assert loaded.spec == SPEC
     assert not loaded.model.training
-
-
-def test_the_stems_own_head_is_in_the_model_if_it_has_a_vote() -> None:
-    voting = SPEC.model_copy(update={"model": SPEC.model.model_copy(update={"stem_vote": 2.0})})
-    data = to_bytes(assemble(voting, FRONTIERS, tensors_of))
-    assert not any(name.startswith("aux.") for name in header_of(example()))
-    assert any(name.startswith("aux.") for name in header_of(data))
-    loaded = load_model(data)
-    states = {shard: merge([(one, tensors_of(one)) for one in some]) for shard, some in FRONTIERS.items()}
-    stem, head = restore_stem(voting, states[STEM]), restore_aux_head(voting, states[STEM])
-    branches = {shard: restore_branch(voting, voting.task(shard), states[shard]) for shard in (T0, T1)}
-    images = torch.rand(5, 1, 8, 8, generator=torch.Generator().manual_seed(1))
-    with torch.no_grad():
-        expected = SubModel(voting, stem, branches, head).eval()(images)
-        torch.testing.assert_close(loaded.model(images), expected, rtol=1e-4, atol=1e-5)
-        assert not torch.equal(loaded.model(images), load_model(example()).model(images))
-    stripped = {name: entry for name, entry in header_of(data).items() if not name.startswith("aux.")}
-    with pytest.raises(UsageError, match=r"aux\."):
-        load_model(with_header(data, stripped))
 
 
 def test_missing_tasks_are_named_and_a_class_is_missing_only_with_all_its_branches() -> None:

@@ -134,36 +134,6 @@ def test_score_of_an_overlapped_class_is_the_mean_over_its_branches() -> None:
     torch.testing.assert_close(both[:, 1], (alone[0][:, 1] + alone[1][:, 1]) / 2)
 
 
-def test_vote_of_the_stems_own_head_is_one_more_in_the_mean() -> None:
-    spec = model_spec(tasks=((0, 1), (1, 2)), stem_vote=0.5)
-    stem, branches, head = build_stem(spec), _branches(spec), build_aux_head(spec)
-    for module in (stem, head, *branches.values()):
-        _with_lively_statistics(module)
-    images = _images(spec, 3)
-    with torch.inference_mode():
-        apart = SubModel(spec, stem, branches, head).eval()(images)
-        grouped = GlobalModel(spec, stem, branches, head).eval()(images)
-        features = stem(images)
-        first, second = (branch(features).log_softmax(1) for branch in branches.values())
-        own = head(features).log_softmax(1)
-    expected = [
-        (first[:, 0] + 0.5 * own[:, 0]) / 1.5,
-        (first[:, 1] + second[:, 0] + 0.5 * own[:, 1]) / 2.5,
-        (second[:, 1] + 0.5 * own[:, 2]) / 1.5,
-    ]
-    torch.testing.assert_close(apart, torch.stack(expected, dim=1))
-    torch.testing.assert_close(grouped, apart, rtol=1e-5, atol=1e-5)
-
-
-def test_vote_of_the_stems_own_head_gives_no_chance_to_a_class_without_a_branch() -> None:
-    spec = model_spec(tasks=((0,), (1,), (2,)), stem_vote=1.0)
-    branches = _branches(spec, "t0", "t2")
-    scores = GlobalModel(spec, build_stem(spec), branches, build_aux_head(spec)).eval()(_images(spec, 2))
-    assert scores.isneginf().all(0).tolist() == [False, True, False]
-    with pytest.raises(ValueError, match="missing"):
-        GlobalModel(spec, build_stem(spec), branches)
-
-
 def test_missing_branches_leave_their_classes_without_a_chance() -> None:
     spec = model_spec(tasks=((0,), (1,), (2,)))
     scores = GlobalModel(spec, build_stem(spec), _branches(spec, "t0", "t2")).eval()(_images(spec, 2))

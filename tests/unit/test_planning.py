@@ -61,23 +61,15 @@ def test_classes_per_task_is_obeyed() -> None:
 
 
 @pytest.mark.parametrize(
-    ("classes", "wishes", "vote"),
-    [(10, {}, None), (20, {}, None), (21, {}, 0.5), (100, {}, 0.5), (10, {"classes_per_task": 2}, 0.5)],
-)
-def test_the_stems_own_head_votes_where_tasks_hold_several_classes(
-    classes: int, wishes: dict[str, object], vote: float | None
-) -> None:
-    assert plan(source(classes), **wishes).model.stem_vote == vote
-
-
-@pytest.mark.parametrize(
     ("classes", "wishes", "positives"),
     [(10, {}, None), (20, {}, None), (21, {}, 3), (100, {}, 3), (10, {"classes_per_task": 2}, None)],
 )
 def test_own_examples_are_repeated_where_tasks_hold_several_of_many_classes(
     classes: int, wishes: dict[str, object], positives: int | None
 ) -> None:
-    assert plan(source(classes), **wishes).schedule.positives == positives
+    schedule = plan(source(classes), **wishes).schedule
+    assert schedule.positives == positives
+    assert schedule.branch_lr == (None if positives is None else pytest.approx(schedule.peak_lr / 2))
 
 
 @pytest.mark.parametrize("family", ["alexnet", "vgg16"])

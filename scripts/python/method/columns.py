@@ -23,7 +23,7 @@ from p2pcollab.data import ArrayDataset, load
 from p2pcollab.data.batches import Thinning, batches, eval_batches, offered_batch
 from p2pcollab.data.partition import Share
 from p2pcollab.lease import autocast_for
-from p2pcollab.models import ScoringNetwork, initial_shard
+from p2pcollab.models import initial_shard
 from p2pcollab.run import STEM, RunSpec, ShardId
 from p2pcollab.training import accuracy, train_branches
 
@@ -95,7 +95,7 @@ def _central(
         more["repeats"] = [batches(data.train, spec, seed=one, samples=budget) for one in seeds]
     trained = _CENTRAL[column](spec, source, device=device, on_step=on_step, **more)
     return {
-        **_accuracies(trained.model, data.test, spec, device),
+        "accuracy": _accuracy(trained.model, data.test, spec, device),
         "macs": trained.macs,
         "train_images": len(data.train),
         "test_images": len(data.test),
@@ -130,11 +130,8 @@ def _assembled(
     loaded = load_model(rehearsed.model)
     data = load(configuration.source, spec, configuration.root, limit=configuration.limit)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    scoring = [ShardId(task.id) for task in spec.tasks]
-    if spec.model.stem_vote is not None:
-        scoring.append(STEM)
     return {
-        **_accuracies(loaded.model, data.test, spec, device),
+        "accuracy": _accuracy(loaded.model, data.test, spec, device),
         "macs": sum(tally.macs for tally in rehearsed.devices),
         "devices": [
             {"speed": speed, **asdict(tally)}
@@ -143,23 +140,14 @@ def _assembled(
         "discarded": rehearsed.discarded,
         "train_images": len(data.train),
         "test_images": len(data.test),
-        "inference_macs": cost.evaluation_macs(spec, scoring),
+        "inference_macs": cost.evaluation_macs(spec, [ShardId(task.id) for task in spec.tasks]),
         "dense_inference_macs": cost.macs_dense(spec),
         "parameters": sum(parameter.numel() for parameter in loaded.model.parameters()),
     }
 
 
-def _accuracies(model: nn.Module, test: ArrayDataset, spec: RunSpec, device: str) -> dict[str, float]:
-    """The model's accuracy, and what it is if the stem's own head has no vote, where it has one."""
-
-    def measured() -> float:
-        return accuracy(model, eval_batches(test, spec), device, autocast_for(device, spec))
-
-    found = {"accuracy": measured()}
-    if isinstance(model, ScoringNetwork) and model.aux_head is not None:
-        model.scores.vote = 0.0
-        found["accuracy_without_stem"] = measured()
-    return found
+def _accuracy(model: nn.Module, test: ArrayDataset, spec: RunSpec, device: str) -> float:
+    return accuracy(model, eval_batches(test, spec), device, autocast_for(device, spec))
 
 
 def measure(configuration: Configuration) -> dict[str, Any]:

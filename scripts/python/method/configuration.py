@@ -62,7 +62,7 @@ class Configuration:
             settings["lease_samples"] = lease_batches * batch
         model, schedule = spec.model, spec.schedule
         for name, value in settings.items():
-            if name in ("branch_squeeze", "stem_vote"):
+            if name == "branch_squeeze":
                 model = model.model_copy(update={name: value or None})
             elif name == "branch_lr":
                 schedule = schedule.model_copy(update={name: value or None})
@@ -83,7 +83,7 @@ class Configuration:
         spec.pop("name")
         _drop_unset(spec)
         if column == "A":
-            for field in ("stem_stages", "stem_width", "branch_width", "branch_squeeze", "stem_vote"):
+            for field in ("stem_stages", "stem_width", "branch_width", "branch_squeeze"):
                 spec["model"].pop(field, None)
             for field in ("lease_samples", "stem_seal_fraction", "negatives", "positives", "branch_lr"):
                 spec["schedule"].pop(field, None)
@@ -104,7 +104,6 @@ class Configuration:
         """Name of what is measured once for all seeds (`columns.measure`)."""
         spec = self.spec(0).model_dump(mode="json")
         spec.pop("name")
-        spec["model"].pop("stem_vote", None)  # it changes nothing of what is trained
         _drop_unset(spec)
         described = {"spec": spec, "source": self._data, "limit": self.limit}
         return f"{self.dataset}-{self.model}-measured-{_digest(described)}"
@@ -112,9 +111,9 @@ class Configuration:
 
 def _drop_unset(spec: dict[str, Any]) -> None:
     """Leave out fields that are not set, and that there were not when the first results were named."""
-    for part, name in (("model", "stem_vote"), ("schedule", "positives"), ("schedule", "branch_lr")):
-        if spec[part].get(name) is None:
-            spec[part].pop(name, None)
+    for name in ("positives", "branch_lr"):
+        if spec["schedule"].get(name) is None:
+            spec["schedule"].pop(name, None)
 
 
 def _digest(described: Mapping[str, Any]) -> str:

@@ -40,9 +40,6 @@ def row(
         made[f"{column}_mean"] = statistics.fmean(accuracies) if accuracies else None
         made[f"{column}_sd"] = statistics.stdev(accuracies) if len(accuracies) > 1 else None
         made[f"{column}_seeds"] = len(accuracies)
-        without = [100 * result.get("accuracy_without_stem", 0.0) for result in columns.get(column, ())]
-        if without and all(without):
-            made[f"{column}_without_stem_mean"] = statistics.fmean(without)
     gaps = list(differences(columns.get("D", ()), columns.get("A", ())).values())
     if gaps:
         made["gap_mean"] = statistics.fmean(gaps)
