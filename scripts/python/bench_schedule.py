@@ -55,6 +55,9 @@ def parse() -> argparse.Namespace:
         "--negatives", type=float, help="as in the run spec's schedule; default: the family's"
     )
     parser.add_argument(
+        "--positives", type=int, help="the same: how often a branch trains on its own examples in a pass"
+    )
+    parser.add_argument(
         "--features",
         type=int,
         default=limits.TRIED_FEATURES_BYTES_MAX // limits.MIB,
@@ -165,9 +168,13 @@ def measure(options: argparse.Namespace, speeds: Sequence[float]) -> dict[str, A
         augment="crop-flip",
     )  # fmt: skip
     spec = plan_run("schedule", info, PlanOptions(family=options.model, epochs=options.epochs))
+    wished: dict[str, float | None] = {}
     if options.negatives is not None:
-        schedule = spec.schedule.model_copy(update={"negatives": options.negatives})
-        spec = RunSpec.decode(spec.model_copy(update={"schedule": schedule}).encode())
+        wished["negatives"] = options.negatives
+    if options.positives is not None:
+        wished["positives"] = options.positives if options.positives > 1 else None
+    spec = spec.model_copy(update={"schedule": spec.schedule.model_copy(update=wished)})
+    spec = RunSpec.decode(spec.encode())  # validated as a whole
     plans = tuple(DevicePlan(speed=options.mac_s * speed, class_counts=info.class_counts) for speed in speeds)
     training = Priced(spec, options, len(plans))
     simulation = Simulation(
@@ -189,6 +196,7 @@ def measure(options: argparse.Namespace, speeds: Sequence[float]) -> dict[str, A
         "features_mib": options.features,
         "epochs": options.epochs,
         "negatives": spec.schedule.negatives,
+        "positives": spec.schedule.positives,
         "seed": options.seed,
         "seconds": outcome.finished_at,
         "stem_samples": [stem.get(device.id, 0) for device in simulation.devices],
@@ -216,7 +224,7 @@ def main() -> int:
     if options.json:
         keys = (
             "model", "speeds", "mac_s", "images", "classes", "test_images", "input", "features_mib",
-            "epochs", "negatives", "seed",
+            "epochs", "negatives", "positives", "seed",
         )  # fmt: skip
         runs = json.loads(options.json.read_text())["runs"] if options.json.exists() else []
         runs = [run for run in runs if any(run.get(key) != made[key] for key in keys)] + [made]
