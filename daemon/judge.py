@@ -207,9 +207,10 @@ class _Features:
         self._spec = spec
         self._data = data
         self._device = device
-        #: By stem and example, the longest unused first.
-        self._kept: OrderedDict[tuple[str, int], Tensor] = OrderedDict()
-        self._kept_bytes = 0
+        #: Row in `_rows` by stem and example, the longest unused first.
+        self._kept: OrderedDict[tuple[str, int], int] = OrderedDict()
+        #: One block: small ones between others, each kept for long, made the heap three times as large.
+        self._rows: Tensor | None = None
         self._bytes_max = bytes_max
         self._make = make
         #: Of what stems make, in the arithmetic of training.
@@ -219,26 +220,33 @@ class _Features:
     def of(self, stem: State, indices: npt.NDArray[np.intp]) -> Tensor:
         """Features of some examples, [N, channels, height, width]."""
         keys = [(stem.digest, int(index)) for index in indices]
-        missing = [index for key, index in zip(keys, indices, strict=True) if key not in self._kept]
-        made: dict[tuple[str, int], Tensor] = {}
+        known = [place for place, key in enumerate(keys) if key in self._kept]
+        missing = [place for place, key in enumerate(keys) if key not in self._kept]
+        parts = []
+        if known:
+            assert self._rows is not None
+            parts.append(self._rows[[self._kept[keys[place]] for place in known]])
+        for place in known:
+            self._kept.move_to_end(keys[place])
         if missing:
-            images = eval_batches(self._data.subset(np.asarray(missing)), self._spec)
+            images = eval_batches(self._data.subset(np.asarray(indices)[missing]), self._spec)
             made_N = self._make(self._spec, stem.tensors, images, device=self._device)
             self._dtype = made_N.dtype
             self.macs += len(missing) * cost.macs_stem(self._spec)
-            made = {
-                (stem.digest, int(index)): one
-                for index, one in zip(missing, made_N.to(_KEPT_AS), strict=True)
-            }
-        rows = [made[key] if key in made else self._kept[key] for key in keys]
-        features_N = torch.stack(rows).to(self._dtype).contiguous(memory_format=torch.channels_last)
-        for key in keys:
-            if key in made:
-                # A copy, or one of them would keep all in memory.
-                self._kept[key] = made[key].clone()
-                self._kept_bytes += made[key].nbytes
-            self._kept.move_to_end(key)
-        while self._kept_bytes > self._bytes_max:
-            _, forgotten = self._kept.popitem(last=False)
-            self._kept_bytes -= forgotten.nbytes
-        return features_N
+            parts.append(made_N.to(_KEPT_AS))
+            self._keep([keys[place] for place in missing], parts[-1])
+        in_order = np.argsort(known + missing)
+        features_N = torch.cat(parts)[torch.from_numpy(in_order)].to(self._dtype)
+        return features_N.contiguous(memory_format=torch.channels_last)
+
+    def _keep(self, keys: Sequence[tuple[str, int]], made_N: Tensor) -> None:
+        """Put rows in the place of those that were not used for longest."""
+        room = self._bytes_max // made_N[0].nbytes
+        if room == 0:
+            return
+        if self._rows is None:
+            self._rows = torch.empty(room, *made_N.shape[1:], dtype=made_N.dtype, device=made_N.device)
+        for key, made in zip(keys, made_N, strict=True):
+            row = len(self._kept) if len(self._kept) < room else self._kept.popitem(last=False)[1]
+            self._rows[row] = made
+            self._kept[key] = row

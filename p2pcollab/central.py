@@ -114,7 +114,7 @@ def train_decoupled(
 
     def of_branches(images: Tensor, labels: Tensor) -> list[Tensor]:
         offered = len(labels)
-        for more_images, more_labels in map(next, further):
+        for more_images, more_labels in [next(one) for one in further]:
             images = torch.cat([images, more_images.to(device, memory_format=torch.channels_last)])
             labels = torch.cat([labels, more_labels.to(device)])
         stem.eval()

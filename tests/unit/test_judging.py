@@ -262,10 +262,15 @@ def test_each_examples_features_are_computed_once_and_forgotten_when_they_are_to
     assert macs[2] == heads[T3]
     # The stem that it is compared with was tried before.
     assert macs[3] == stem_pass + heads[STEM]
-    # Without room nothing is remembered, and everything is found as before.
-    again = told(0)
-    assert [found for found, _ in again] == [found for found, _ in remembered]
-    assert sum(spent for _, spent in again) > sum(macs) + 2 * stem_pass
+    # Without room nothing is remembered, with little not all, and everything is found as before.
+    one = features_by_example(SPEC, lineages[STEM][0], eval_batches(DATA.test.subset(np.arange(1)), SPEC))
+    spent = []
+    for room in (0, counts[STEM] // 2, counts[STEM]):
+        again = told(room * one.numel() * torch.bfloat16.itemsize)
+        assert [found for found, _ in again] == [found for found, _ in remembered]
+        spent.append(sum(macs for _, macs in again))
+    assert spent[0] > spent[1] > spent[2] > sum(macs)
+    assert spent[0] > sum(macs) + 2 * stem_pass
 
 
 # What a device can judge
