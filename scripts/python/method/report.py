@@ -105,7 +105,7 @@ def _saving_one_task(fields: Mapping[str, Any]) -> float:
 
     What a device spends on trying its results, and saves by waiting, is not in it.
     """
-    spec = RunSpec.model_validate(fields)
+    spec = RunSpec.model_validate(_set(fields))
     classes = np.arange(len(spec.classes))
     costs = [
         Thinning.of(spec, [shard]).times(classes).mean() * cost.training_macs(spec, [shard])
@@ -113,6 +113,15 @@ def _saving_one_task(fields: Mapping[str, Any]) -> float:
         if shard != STEM
     ]
     return float(cost.training_macs_dense(spec) / max(costs))
+
+
+def _set(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Without what is None: a kept result may have unset fields that there are not any more."""
+    return {
+        name: _set(value) if isinstance(value, dict) else value
+        for name, value in fields.items()
+        if value is not None
+    }
 
 
 def line(one: Mapping[str, Any]) -> str:
