@@ -209,7 +209,7 @@ class _Features:
         self._device = device
         #: Row in `_rows` by stem and example, the longest unused first.
         self._kept: OrderedDict[tuple[str, int], int] = OrderedDict()
-        #: One block: small ones between others, each kept for long, made the heap three times as large.
+        #: One block: single ones, each kept for long, left holes in the heap as large as themselves.
         self._rows: Tensor | None = None
         self._bytes_max = bytes_max
         self._make = make

@@ -157,6 +157,30 @@ def test_every_branch_has_the_learning_rate_of_its_own_progress() -> None:
     assert not torch.equal(result.tensors[T1][name], initial_shard(spec, T1)[name])
 
 
+def test_branches_may_have_a_peak_rate_of_their_own_and_the_stem_has_the_runs() -> None:
+    def schedule(**rates: float) -> Schedule:
+        return Schedule(budget_samples=960, lease_samples=160, batch_size=16, **rates)
+
+    def trained(schedule: Schedule) -> tuple[ShardTensors, ShardTensors]:
+        spec = model_spec(schedule=schedule)
+        start = initial_shard(spec, STEM)
+        stem = train_stem(spec, start, examples(spec, batches=3), start_progress=0.1, samples=48)
+        branch = train_branches(
+            spec,
+            start,
+            _initial(spec, T0),
+            examples(spec, batches=3),
+            start_progress={T0: 0.1},
+            samples=48,
+        )
+        return stem.tensors[STEM], branch.tensors[T0]
+
+    stem, branch = trained(schedule(peak_lr=0.1, branch_lr=0.05))
+    assert _equal(stem, trained(schedule(peak_lr=0.1))[0])
+    assert _equal(branch, trained(schedule(peak_lr=0.05))[1])
+    assert not _equal(branch, trained(schedule(peak_lr=0.1))[1])
+
+
 def test_learning_rate_rises_over_the_warm_up_then_falls_to_zero() -> None:
     schedule = Schedule(budget_samples=1, lease_samples=1, batch_size=2, peak_lr=0.4, warmup_fraction=0.2)
     rates = [learning_rate(schedule, progress / 100) for progress in range(101)]
