@@ -12,11 +12,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from . import cost
+from .data.batches import Thinning
 from .lease import Batches, Lease, OnStep, autocast_for
 from .models.build import build_aux_head, build_branch, build_dense, build_stem
 from .models.layers import Classifier, Stem
@@ -169,12 +171,11 @@ class _Thinned:
     """
 
     def __init__(self, spec: RunSpec, shard: ShardId, device: torch.device | str) -> None:
-        classes = spec.task(shard).classes
-        own = len(classes) / len(spec.classes)
-        self._kept = own * (spec.schedule.positives or 1) + (1 - own) * spec.schedule.negatives
+        # Per offered example, with as many of each class.
+        self._kept = float(Thinning.of(spec, [shard]).times(np.arange(len(spec.classes))).mean())
         self._whole = spec.schedule.rarity == 1.0
         self._own_C = torch.zeros(len(spec.classes), device=device)
-        self._own_C[list(classes)] = 1.0
+        self._own_C[list(spec.task(shard).classes)] = 1.0
         self._generator = torch.Generator().manual_seed(spec.seed + spec.shards.index(shard))
 
     def rows(self, labels: Tensor, offered: int) -> Tensor:

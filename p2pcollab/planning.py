@@ -163,7 +163,7 @@ class _Examples:
 
 
 def _examples(family: Family, info: SourceInfo, planned: tuple[TaskSpec, ...]) -> _Examples:
-    """The family's; where own examples are repeated, others make room, so that it costs a device nothing."""
+    """The family's. Where own examples are repeated, others make room: for one task it costs no more."""
     negatives = family.training.negatives
     share = sum(len(task.classes) for task in planned) / len(planned) / len(info.classes)
     if all(len(task.classes) == 1 for task in planned) or share > _TASK_SHARE_MAX:

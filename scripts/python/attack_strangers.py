@@ -19,15 +19,14 @@ import sys
 import tempfile
 import threading
 import time
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
 from strangers.attacks import ATTACKS
 from strangers.capture import Recording
-from strangers.needles import VALUES_MIN, Needles, pieces_to_find, search
+from strangers.evidence import CONTROL_PORT, RUN_NAME, Evidence, plant, searched, secret_words
+from strangers.processes import Recorder, StrangerProcess
 from strangers.victims import (
-    CLASSES,
     MemoryWatch,
     ShardCollector,
     Victim,
@@ -40,11 +39,9 @@ from p2pcollab.daemon.fleet import Fleet, wait_until
 from p2pcollab.daemon.kept import KeptFile
 from p2pcollab.data import inspect
 from p2pcollab.errors import P2PCollabError
-from p2pcollab.keys import Identity, RunKeys
+from p2pcollab.keys import Identity
 from p2pcollab.planning import PlanOptions, plan_run
-from p2pcollab.records import BOARD_DEVICES
 from p2pcollab.run import JoinCode, RunId, RunSpec
-from p2pcollab.wire import decode_contribution
 
 _HERE: Final = Path(__file__).parent
 sys.path.insert(0, str(_HERE.parents[1] / "tests" / "netns"))
@@ -53,101 +50,11 @@ from lab import Lab, why_not  # noqa: E402
 DEVICES: Final = 3
 #: Long enough that training outlasts all attacks.
 EPOCHS: Final = 20_000
-RUN_NAME: Final = "strangers-test-run"
-RUN_WORD: Final = "run name"
 #: Each attack's tries, in as many parts: memory that grows in every one of them is not bounded.
 PARTS: Final = 4
 #: For what takes seconds: the machine may be busy.
 PATIENCE_S: Final = 600.0
-CONTROL_PORT: Final = 7777
-MDNS_PORT: Final = 5353
-#: Nobody has business there: one of the false addresses.
-OUTSIDE: Final = "198.51.100.7"
-FIELDS: Final = (
-    "class_counts",
-    "lease_sequence",
-    "lease_samples",
-    "tensors_digest",
-    "tensors_bytes",
-    "stem_digest",
-    "public_key",
-    "generation",
-    "run_prefix",
-    "data_offsets",
-    "running_var",
-    "num_batches_tracked",
-    "DHTProtocol.rpc_",
-)
 MIB: Final = 1024 * 1024
-
-
-class Recorder:
-    """The recording of the switch, in a process in its namespace."""
-
-    def __init__(self, namespace: str, bridge: str, path: Path) -> None:
-        command = ["ip", "netns", "exec", namespace, sys.executable, str(_HERE / "strangers" / "capture.py")]
-        self._process = subprocess.Popen(
-            [*command, bridge, str(path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-        )
-        assert self._process.stdout is not None
-        if self._process.stdout.readline().strip() != "recording":
-            raise P2PCollabError("the switch's packets cannot be recorded")
-
-    def stop(self) -> dict[str, int]:
-        """Packets recorded and dropped."""
-        told, _ = self._process.communicate(timeout=60)
-        return dict(json.loads(told))
-
-    def end(self) -> None:
-        """End it, if it still runs."""
-        if self._process.poll() is None:
-            self._process.kill()
-            self._process.wait()
-
-
-class StrangerProcess:
-    """The stranger, in a process in its namespace."""
-
-    def __init__(self, namespace: str, brief: dict[str, Any], log: Path) -> None:
-        command = ["ip", "netns", "exec", namespace, sys.executable, "-W", "ignore"]
-        with log.open("wb") as errors:
-            self._process = subprocess.Popen(
-                [*command, "-m", "strangers.attacks"],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=errors,
-                text=True,
-                cwd=_HERE,
-            )
-        self._log = log
-        self.hello = self._ask(brief)
-
-    def attack(self, name: str, first: int, tries: int) -> dict[str, Any]:
-        """Some tries."""
-        return self._ask({"attack": name, "first": first, "tries": tries})
-
-    def insider(self) -> dict[str, Any]:
-        """The counter-check."""
-        return self._ask({"attack": "insider"})
-
-    def _ask(self, order: dict[str, Any]) -> dict[str, Any]:
-        assert self._process.stdin is not None and self._process.stdout is not None
-        self._process.stdin.write(json.dumps(order) + "\n")
-        self._process.stdin.flush()
-        line = self._process.stdout.readline()
-        if not line:
-            raise P2PCollabError(f"the stranger ended: {self._log.read_text()[-2000:]}")
-        return dict(json.loads(line))
-
-    def end(self) -> None:
-        """End it and its p2pd."""
-        assert self._process.stdin is not None
-        self._process.stdin.close()
-        try:
-            self._process.wait(10)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
 
 
 def identity_of(state: Path) -> Identity:
@@ -295,68 +202,6 @@ def say_in_clear(sender: str, receiver: str, address: str, data: bytes) -> None:
         draining.start()
         inside(sender, send)
         draining.join()
-
-
-def secret_words(
-    code: str, run_id: RunId, spec: bytes, victims: list[Victim], identities: list[Identity]
-) -> dict[str, bytes]:
-    """What must never be on the network in clear, by what it is."""
-    secret = JoinCode.parse(code).secret
-    keys = RunKeys.derive(secret)
-    words: dict[str, bytes] = {
-        RUN_WORD: RUN_NAME.encode(),
-        "join code": code[4:].encode(),
-        "run secret": secret,
-        "run secret in hexadecimal": secret.hex().encode(),
-        "run id": run_id.encode(),
-        "board name": keys.board_name(BOARD_DEVICES).encode(),
-        "run spec": spec[:48],
-        "name of our calls": b"p2pcollab/1/",
-    }
-    for name, key in (("board", keys.board_key), ("seal", keys.seal_key), ("auth", keys.auth_key)):
-        words[f"{name} key"] = key
-    words |= {f"class {name}": name.encode() for name in CLASSES}
-    words |= {f"field {name}": name.encode() for name in FIELDS}
-    for victim, identity in zip(victims, identities, strict=True):
-        words[f"device id of {victim.device.name}"] = identity.device.encode()
-        words[f"name {victim.device.name}"] = victim.device.name.encode()
-        words[f"key of {victim.device.name}"] = identity.seed
-    return words
-
-
-def plant(words: dict[str, bytes], files: dict[str, bytes]) -> bytes:
-    """What is sent in clear for the counter-check: the words, and each file at each offset modulo 8.
-
-    The search reads numbers of 8 bytes, so it could be blind at one of these and not at the others.
-    """
-    planted = bytearray(b" ".join(words.values()))
-    for data in files.values():
-        for offset in range(8):
-            planted += bytes((offset - len(planted)) % 8) + data
-    return bytes(planted)
-
-
-def shards_trained(ledger: set[bytes], run_id: RunId) -> int:
-    """At least how many states of shards were made: each is built on the one before it."""
-    newest: dict[str, int] = {}
-    for data in ledger:
-        entry = decode_contribution(data, run_id)
-        newest[entry.shard] = max(entry.generation, newest.get(entry.shard, 0))
-    return sum(newest.values())
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Evidence:
-    """What is searched for in the recording, and what was sent in clear to see that the search finds it."""
-
-    recording: Path
-    #: Secrets and names, by what they are.
-    words: dict[str, bytes]
-    #: One of each kind of file that was sent in clear.
-    samples: dict[str, bytes]
-    #: All that were trained and seen.
-    shards: dict[str, bytes]
-    ledger: set[bytes]
 
 
 def planned(digits: Path, seed: int) -> RunSpec:
@@ -509,53 +354,6 @@ def run(tries: int, names: list[str], seed: int, folder: Path) -> dict[str, Any]
             **found_again,
         },
     }
-
-
-def searched(
-    evidence: Evidence, run_id: RunId, told: dict[str, int]
-) -> tuple[dict[str, Any], dict[str, Any]]:
-    """What of the evidence is in the recording, and whether the search finds what was sent in clear.
-
-    Args:
-        told: what the recorder says of itself.
-    """
-    began = time.monotonic()
-    recording = Recording.read(evidence.recording)
-    samples, words = evidence.samples, evidence.words
-    files = {
-        "shards": evidence.shards.values(),
-        "contributions": evidence.ledger,
-        "run spec": [samples["run spec"]],
-    }
-    needles = Needles(words, files)
-    result, control = (
-        search(recording, needles, planted_port=CONTROL_PORT, told={RUN_WORD: MDNS_PORT}, planted=planted)
-        for planted in (False, True)
-    )
-    capture = {
-        **told,
-        "bytes": recording.packet_bytes,
-        "bytes_missing_between_segments": recording.missing_bytes,
-        # Against this, how many shards were seen and are searched for.
-        "shards_trained_at_least": shards_trained(evidence.ledger, run_id),
-        "searched_for": {
-            "words": sorted(words),
-            "files": {kind: len(contents) for kind, contents in files.items()},
-            "pieces": needles.pieces,
-            f"pieces_left_out_with_less_than_{VALUES_MIN}_values": needles.plain,
-        },
-        **result,
-        "seconds_of_search": round(time.monotonic() - began, 1),
-        "packets_to_an_address_outside": recording.sent_to.get(OUTSIDE, 0),
-    }
-    found_again = {
-        "words_sent_in_clear_and_missed": sorted(
-            set(words) - {item["what"] for item in control["words_found"]}
-        ),
-        "pieces_sent_in_clear": {kind: 8 * pieces_to_find(data) for kind, data in samples.items()},
-        "pieces_sent_in_clear_and_found": {item["what"]: item["pieces"] for item in control["pieces_found"]},
-    }
-    return capture, found_again
 
 
 def row_text(row: dict[str, Any]) -> str:

@@ -54,7 +54,7 @@ def parse() -> argparse.Namespace:
         default=[],
         metavar="FIELD=NUMBER",
         dest="settings",
-        help="a field of the run spec's model or schedule (branch_squeeze=0: none), "
+        help="a field of the run spec's model or schedule (0: no branch_squeeze, branch_lr or positives), "
         "classes_per_task, branches_per_class or lease_batches",
     )
     parser.add_argument(

@@ -74,7 +74,7 @@ def test_own_examples_are_repeated_where_tasks_hold_several_of_many_classes(
 
 @pytest.mark.parametrize("family", ["alexnet", "vgg16"])
 @pytest.mark.parametrize("classes", [40, 100, 250])
-def test_repeating_own_examples_costs_a_device_nothing(family: str, classes: int) -> None:
+def test_repeating_own_examples_costs_a_device_with_one_task_nothing(family: str, classes: int) -> None:
     spec = plan(source(classes), family=family)
     labels = np.arange(classes)
     trained = Thinning.of(spec, [ShardId("t0")]).times(labels).mean()

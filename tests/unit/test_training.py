@@ -267,18 +267,15 @@ def test_evaluation_without_examples_knows_nothing() -> None:
     assert evaluation.scores[T0].accuracy == 0.0
 
 
+def _thinned(negatives: float, positives: int | None) -> RunSpec:
+    schedule = model_spec().schedule.model_copy(update={"negatives": negatives, "positives": positives})
+    return model_spec(schedule=schedule)
+
+
 @pytest.mark.parametrize("positives", [None, 3])
 def test_unthinned_probabilities_are_learnt_from_thinned_and_repeated_examples(positives: int | None) -> None:
     """Of the other classes' examples one in four is kept."""
-    schedule = Schedule(
-        budget_samples=960,
-        lease_samples=160,
-        batch_size=16,
-        peak_lr=0.05,
-        negatives=0.25,
-        positives=positives,
-    )
-    spec = model_spec(schedule=schedule)
+    spec = _thinned(0.25, positives)
     objective = training.BranchObjective(spec, T0, (T0,), "cpu")
     labels = torch.tensor([0] * 40 * (positives or 1) + [1] * 30 + [2] * 30 + [3] * 30)
     logits = torch.zeros(2, requires_grad=True)
@@ -295,15 +292,7 @@ def test_what_a_branch_learns_from_thinned_examples_does_not_depend_on_its_bundl
     positives: int | None,
 ) -> None:
     """In expectation over what is kept: here every example is there as often as it is kept on average."""
-    schedule = Schedule(
-        budget_samples=960,
-        lease_samples=160,
-        batch_size=16,
-        peak_lr=0.05,
-        negatives=0.5,
-        positives=positives,
-    )
-    spec = model_spec(schedule=schedule)
+    spec = _thinned(0.5, positives)
     logits_of_class = torch.randn(4, 2, generator=torch.Generator().manual_seed(0))
     own = 4 * (positives or 1)
     alone = torch.tensor([0] * own + [1] * 2 + [2] * 2 + [3] * 2)

@@ -7,12 +7,18 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 from p2pcollab.data import inspect
 from p2pcollab.grouping import parse_groups
 from p2pcollab.planning import PlanOptions, plan_run
 from p2pcollab.run import ModelSpec, RunSpec, Schedule
+
+_MAY_BE_UNSET: Final[Mapping[str, type[int] | type[float]]] = {
+    "branch_squeeze": float,
+    "branch_lr": float,
+    "positives": int,
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,16 +68,10 @@ class Configuration:
             settings["lease_samples"] = lease_batches * batch
         model, schedule = spec.model, spec.schedule
         for name, value in settings.items():
-            if name == "branch_squeeze":
-                model = model.model_copy(update={name: value or None})
-            elif name == "branch_lr":
-                schedule = schedule.model_copy(update={name: value or None})
-            elif name == "positives":
-                schedule = schedule.model_copy(update={name: int(value) if value > 1 else None})
-            elif name in ModelSpec.model_fields:
-                model = model.model_copy(update={name: _as(getattr(model, name), value)})
+            if name in ModelSpec.model_fields:
+                model = model.model_copy(update={name: _as(model, name, value)})
             elif name in Schedule.model_fields:
-                schedule = schedule.model_copy(update={name: _as(getattr(schedule, name), value)})
+                schedule = schedule.model_copy(update={name: _as(schedule, name, value)})
             else:
                 raise SystemExit(f"--set: a run spec has no field {name!r}")
         changed = spec.model_copy(update={"model": model, "schedule": schedule})
@@ -120,5 +120,8 @@ def _digest(described: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()[:12]
 
 
-def _as(before: object, value: float) -> object:
-    return int(value) if isinstance(before, int) else float(value)
+def _as(part: ModelSpec | Schedule, name: str, value: float) -> float | int | None:
+    """A number as a field takes it; where a field may be unset, 0 unsets it."""
+    if name in _MAY_BE_UNSET:
+        return _MAY_BE_UNSET[name](value) if value else None
+    return type(getattr(part, name))(value)  # type: ignore[no-any-return]
