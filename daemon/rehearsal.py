@@ -16,7 +16,6 @@ from typing import Any, Final
 
 from .. import cost
 from ..coordinator import JobPlan
-from ..data.batches import Thinning
 from ..data.partition import Share
 from ..keys import Identity
 from ..ledger import Contribution
@@ -241,8 +240,8 @@ class Rehearsal:
     def _macs(self, device: Device, plan: JobPlan) -> int:
         """MACs of a lease, without those of trying its result."""
         shards = [job.shard for job in plan.shards]
-        thinned = Thinning.of(self.spec, shards).offered_per_trained(self._workshops[device.index].train_data)
-        return round(plan.samples / thinned * cost.training_macs(self.spec, shards))
+        labels = self._workshops[device.index].train_data.labels
+        return round(plan.samples * cost.offered_macs(self.spec, shards, labels))
 
     def _prune(self, beginning: JobPlan) -> None:
         """Forget tensors that no device holds, is about to be given, or has begun its lease with."""

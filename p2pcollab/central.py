@@ -107,12 +107,12 @@ def train_decoupled(
     """
     stem, aux_head = build_stem(spec), build_aux_head(spec)
     branches = _branches(spec)
-    objectives = {shard: BranchObjective(spec, shard, (shard,), device) for shard in branches}
+    objectives = {shard: BranchObjective(spec, shard, device) for shard in branches}
     thinned = {shard: _Thinned(spec, shard, device) for shard in branches}
     source, further = iter(batches), [iter(one) for one in repeats]
     seal, budget = spec.budget(STEM), spec.schedule.budget_samples
     modules: dict[ShardId, nn.Module] = {STEM: nn.Sequential(stem, aux_head), **branches}
-    macs = _MacCount(spec, thinned)
+    macs = cost.MacCount(spec)
 
     def of_branches(images: Tensor, labels: Tensor) -> list[Tensor]:
         offered = len(labels)
@@ -142,25 +142,6 @@ def train_decoupled(
         second = Lease(spec, branches, dict.fromkeys(branches, done / budget), budget - done, device)
         second.run(source, of_branches, on_step, autocast_for(device, spec))
     return Central(model=SubModel(spec, stem, branches).eval(), macs=macs.total)
-
-
-class _MacCount:
-    """MACs as they are spent in (C)."""
-
-    def __init__(self, spec: RunSpec, shards: Mapping[ShardId, object]) -> None:
-        self._branch = {shard: cost.TRAINED * cost.macs_branch(spec, shard) for shard in shards}
-        self._forward = cost.macs_stem(spec)
-        self._stem = cost.training_macs(spec, (STEM,))
-        self.total = 0
-
-    def branch(self, shard: ShardId, examples: int) -> None:
-        self.total += examples * self._branch[shard]
-
-    def forward(self, examples: int) -> None:
-        self.total += examples * self._forward
-
-    def stem(self, examples: int) -> None:
-        self.total += examples * self._stem
 
 
 class _Thinned:

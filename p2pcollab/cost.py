@@ -9,6 +9,10 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Final
 
+import numpy as np
+import numpy.typing as npt
+
+from .data.batches import Thinning
 from .models.stages import Plan, aux_plan, branch_plan, dense_plan, stem_plan
 from .run import STEM, RunSpec, ShardId
 
@@ -48,6 +52,21 @@ def training_macs(spec: RunSpec, shards: Iterable[ShardId]) -> int:
     return macs_stem(spec) + TRAINED * sum(macs_branch(spec, shard) for shard in shards)
 
 
+def offered_macs(spec: RunSpec, shards: Iterable[ShardId], labels: npt.NDArray[np.int64]) -> float:
+    """MACs of a lease for each sample that it offers, in expectation.
+
+    Args:
+        shards: either the stem alone, or the tasks of a bundle.
+        labels: those of the data, int64 [N], N > 0. The stem runs forward on what any branch trains on, and
+            each branch trains on its own part (`training.BundleRows`).
+    """
+    shards = tuple(shards)
+    if shards == (STEM,):
+        return float(training_macs(spec, shards))
+    branches = sum(macs_branch(spec, one) * _trained(spec, (one,), labels) for one in shards)
+    return macs_stem(spec) * _trained(spec, shards, labels) + TRAINED * branches
+
+
 def evaluation_macs(spec: RunSpec, shards: Iterable[ShardId]) -> int:
     """MACs of scoring one example with these shards, the stem's forward pass included."""
     return macs_stem(spec) + sum(head_macs(spec, shard) for shard in shards)
@@ -61,6 +80,33 @@ def head_macs(spec: RunSpec, shard: ShardId) -> int:
 def training_macs_dense(spec: RunSpec) -> int:
     """MACs of one training example in the undivided network."""
     return TRAINED * macs_dense(spec)
+
+
+class MacCount:
+    """MACs of training as they are spent."""
+
+    def __init__(self, spec: RunSpec) -> None:
+        self._spec = spec
+        self._branch = {ShardId(task.id): macs_branch(spec, ShardId(task.id)) for task in spec.tasks}
+        self._forward = macs_stem(spec)
+        self.total = 0
+
+    def branch(self, shard: ShardId, examples: int) -> None:
+        """A branch has been trained on so many examples, without the stem's forward pass."""
+        self.total += TRAINED * examples * self._branch[shard]
+
+    def forward(self, examples: int) -> None:
+        """The stem has been run forward."""
+        self.total += examples * self._forward
+
+    def stem(self, examples: int) -> None:
+        """The stem and its head have been trained."""
+        self.total += examples * training_macs(self._spec, (STEM,))
+
+
+def _trained(spec: RunSpec, shards: Iterable[ShardId], labels: npt.NDArray[np.int64]) -> float:
+    """How many examples a bundle trains on for each that is offered."""
+    return float(Thinning.of(spec, shards).times(labels).mean())
 
 
 def _macs(plan: Plan) -> int:

@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import Final
 
 import torch
 from torch import Tensor, nn
@@ -32,6 +33,9 @@ from .shards import (
     restore_momentum,
     restore_stem,
 )
+
+#: Batch normalisation has no variance to work with in one row.
+_ROWS_MIN: Final = 2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -139,7 +143,9 @@ def train_branches(
     branches = {
         shard: restore_branch(spec, spec.task(shard), tensors) for shard, tensors in branch_tensors.items()
     }
-    objectives = {shard: BranchObjective(spec, shard, branches, device) for shard in branches}
+    objectives = {shard: BranchObjective(spec, shard, device) for shard in branches}
+    rows = {shard: BundleRows(spec, shard, branches, device) for shard in branches}
+    spent = cost.MacCount(spec)
     momentum = {
         parameter: mean
         for shard, branch in branches.items()
@@ -150,7 +156,13 @@ def train_branches(
     def losses(images: Tensor, labels: Tensor) -> list[Tensor]:
         with torch.no_grad():
             features = stem(images)
-        return [objectives[shard](branch(features), labels) for shard, branch in branches.items()]
+        spent.forward(len(labels))
+        made = []
+        for shard, branch in branches.items():
+            own_features, own_labels = rows[shard](features, labels)
+            made.append(objectives[shard](branch(own_features), own_labels))
+            spent.branch(shard, len(own_labels))
+        return made
 
     started = clock()
     done = lease.run(batches, losses, on_step, autocast_for(device, spec))
@@ -158,19 +170,17 @@ def train_branches(
         tensors={shard: cut_branch(branch, lease.momentum) for shard, branch in branches.items()},
         losses=lease.tail_losses(),
         samples=done,
-        macs=lease.trained * cost.training_macs(spec, branches),
+        macs=spent.total,
         seconds=clock() - started,
     )
 
 
-class BranchObjective:
-    """A branch's own loss: cross-entropy over {its classes, "other"}.
+class BundleRows:
+    """Which examples of a batch a branch trains on.
 
-    Where examples of other classes are thinned, or own ones repeated, "other" is as much rarer in training.
-    Its logit is trained with the logarithm of that fraction added, so that without it the branch gives the
-    probabilities of the data as they are (the correction of sampled softmax, Jean et al. 2015). In a bundle,
-    the other tasks' examples are as frequent as the branch's own, and count for as much less: the loss of a
-    branch is the same in expectation whatever else is in its bundle.
+    A batch has the examples of all tasks of a bundle as often as their branches need them. To one of the
+    branches the other tasks' are "other" like the rest, and it takes so many that they are as rare: what it
+    learns, and costs, does not depend on what else is in its bundle.
     """
 
     def __init__(
@@ -180,28 +190,40 @@ class BranchObjective:
         Args:
             bundle: all branches that are trained on the same batches.
         """
-        rarity = spec.schedule.rarity
-        self._local_C = local_labels(spec, shard).to(device)
-        own = len(spec.task(shard).classes)
-        self._shift_K = torch.zeros(own + 1, device=device)
-        self._shift_K[-1] = math.log(rarity)
-        self._weight_C: Tensor | None = None
         beside = {index for other in bundle for index in spec.task(other).classes}
         beside -= set(spec.task(shard).classes)
-        if rarity < 1.0 and beside:
-            self._weight_C = torch.ones(len(spec.classes), device=device)
-            self._weight_C[sorted(beside)] = rarity
+        self._kept_C = torch.ones(len(spec.classes), device=device)
+        self._kept_C[sorted(beside)] = spec.schedule.rarity
+        self._whole = spec.schedule.rarity == 1.0 or not beside
+        self._generator = torch.Generator().manual_seed(spec.seed + spec.shards.index(shard))
+
+    def __call__(self, features_BFHW: Tensor, labels_B: Tensor) -> tuple[Tensor, Tensor]:
+        """What the branch trains on, of the stem's features for a batch and the labels, by lot."""
+        if self._whole:
+            return features_BFHW, labels_B
+        lots_B = torch.rand(len(labels_B), generator=self._generator).to(labels_B.device)
+        lots_B /= self._kept_C[labels_B]
+        count = max(_ROWS_MIN, int((lots_B < 1.0).sum()))
+        rows = lots_B.argsort()[:count]
+        return features_BFHW[rows], labels_B[rows]
+
+
+class BranchObjective:
+    """A branch's own loss: cross-entropy over {its classes, "other"}.
+
+    Where examples of other classes are thinned, or own ones repeated, "other" is as much rarer in training.
+    Its logit is trained with the logarithm of that fraction added, so that without it the branch gives the
+    probabilities of the data as they are (the correction of sampled softmax, Jean et al. 2015).
+    """
+
+    def __init__(self, spec: RunSpec, shard: ShardId, device: torch.device | str) -> None:
+        self._local_C = local_labels(spec, shard).to(device)
+        self._shift_K = torch.zeros(len(spec.task(shard).classes) + 1, device=device)
+        self._shift_K[-1] = math.log(spec.schedule.rarity)
 
     def __call__(self, logits_BK: Tensor, labels_B: Tensor) -> Tensor:
         """The mean loss of a batch; labels are of the run's classes."""
-        logits_BK = logits_BK.float() + self._shift_K
-        targets_B = self._local_C[labels_B]
-        if self._weight_C is None:
-            return functional.cross_entropy(logits_BK, targets_B)
-        weight_B = self._weight_C[labels_B]
-        losses_B = functional.cross_entropy(logits_BK, targets_B, reduction="none")
-        mean: Tensor = (losses_B * weight_B).sum() / weight_B.sum()
-        return mean
+        return functional.cross_entropy(logits_BK.float() + self._shift_K, self._local_C[labels_B])
 
 
 def local_labels(spec: RunSpec, shard: ShardId) -> Tensor:

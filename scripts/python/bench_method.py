@@ -49,6 +49,11 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--seeds", default="0,1,2", help="separated by commas")
     parser.add_argument("--columns", default="ABCD", help="which of the four to train")
     parser.add_argument(
+        "--price-seeds",
+        help="those of --seeds with which (B) and (C) are trained, too, which say where points are lost; "
+        "default: all",
+    )
+    parser.add_argument(
         "--set",
         action="append",
         default=[],
@@ -93,7 +98,10 @@ def main() -> int:
     equal = (1.0,) * (options.devices or len(probe.spec(0).tasks) + 1)
     configuration = replace(probe, speeds=options.speeds or equal)
     options.results.mkdir(parents=True, exist_ok=True)
-    seeds = [int(text) for text in options.seeds.split(",")]
+    seeds = _seeds(options.seeds)
+    price_seeds = seeds if options.price_seeds is None else _seeds(options.price_seeds)
+    if not set(price_seeds) <= set(seeds):
+        raise SystemExit(f"--price-seeds {options.price_seeds} has others than --seeds {options.seeds}")
     columns: dict[str, list[dict[str, Any]]] = {}
     with Progress(
         TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:3.0f} %"),
@@ -101,6 +109,8 @@ def main() -> int:
     ) as progress:  # fmt: skip
         for seed in seeds:
             for column in options.columns:
+                if column in "BC" and seed not in price_seeds:
+                    continue
                 path = options.results / f"{configuration.key(column, seed)}.json"
                 task = progress.add_task(f"{options.model} {options.name} {column}, seed {seed}", total=1.0)
                 result = _kept(
@@ -150,6 +160,10 @@ def _speeds(text: str) -> tuple[float, ...]:
     if not all(speed > 0 for speed in speeds):
         raise argparse.ArgumentTypeError("speeds are greater than 0")
     return speeds
+
+
+def _seeds(text: str) -> list[int]:
+    return [int(part) for part in text.split(",")]
 
 
 def _setting(text: str) -> tuple[str, float]:

@@ -20,7 +20,6 @@ from p2pcollab import cost, limits
 from p2pcollab.coordinator import JobPlan
 from p2pcollab.daemon.judge import Judge, State
 from p2pcollab.data import ArrayDataset, Source, SourceInfo
-from p2pcollab.data.batches import Thinning
 from p2pcollab.errors import P2PCollabError
 from p2pcollab.files import write_atomic
 from p2pcollab.lease import Batches
@@ -128,8 +127,7 @@ class Priced(PretendedTraining):
         self.begun: list[tuple[ShardId, int]] = []
 
     def _macs(self, shards: Sequence[ShardId]) -> float:
-        trained = Thinning.of(self._spec, shards).times(self._classes).mean()
-        return float(trained * cost.training_macs(self._spec, shards))
+        return cost.offered_macs(self._spec, shards, self._classes)
 
     def train(self, device: Device, plan: JobPlan) -> tuple[Contribution, ...]:
         """See `simulation.Training`."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
+import numpy as np
 import pytest
 import torch
 from model_specs import FAMILY_INPUTS, model_spec
@@ -77,6 +78,19 @@ def test_what_only_runs_forward_counts_once_and_what_trains_three_times() -> Non
     assert cost.training_macs(spec, [STEM]) == 3 * (stem + aux)
     assert cost.training_macs(spec, [ShardId("t0"), ShardId("t1")]) == stem + 6 * branch
     assert cost.evaluation_macs(spec, [STEM, ShardId("t0")]) == stem + aux + branch
+
+
+def test_stem_runs_on_what_a_bundle_trains_on_and_each_branch_trains_on_its_own_part() -> None:
+    """Own examples three times, half of the others: for two of ten classes as many as are offered."""
+    schedule = model_spec().schedule.model_copy(update={"negatives": 0.5, "positives": 3})
+    spec = model_spec(tasks=TEN_TASKS, schedule=schedule)
+    labels = np.arange(10)
+    stem, branch = cost.macs_stem(spec), cost.macs_branch(spec, ShardId("t0"))
+    bundle = [ShardId("t0"), ShardId("t1")]
+    each = 0.1 * 3 + 0.9 * 0.5
+    assert cost.offered_macs(spec, bundle, labels) == pytest.approx(1.0 * stem + 2 * 3 * each * branch)
+    assert cost.offered_macs(spec, bundle[:1], labels) == pytest.approx(each * (stem + 3 * branch))
+    assert cost.offered_macs(spec, [STEM], labels) == cost.training_macs(spec, [STEM])
 
 
 def test_a_squeeze_makes_a_narrow_branch_on_a_wide_stem_cheaper() -> None:

@@ -45,6 +45,24 @@ def test_a_result_is_not_made_again_wherever_the_data_lie(tmp_path: Path) -> Non
     assert bench(data.rename(tmp_path / "there")) == made
 
 
+def test_what_only_says_where_points_are_lost_can_have_fewer_seeds(tmp_path: Path) -> None:
+    data, results = write_classes(tmp_path / "here", cat=12, dog=12), tmp_path / "results"
+    script = ROOT / "scripts" / "python" / "bench_method.py"
+    options = (
+        f"--dataset pets --model digits --epochs 1 --columns AB --data {data} --results {results} --seeds 0,1"
+    )
+    command = [sys.executable, str(script), *options.split(), "--price-seeds"]
+    subprocess.run([*command, "1", "--json", "made.json"], check=True, cwd=tmp_path)
+    made = sorted(path.name.split("-")[2:4] for path in results.glob("*.json"))
+    assert made == [["A", "0"], ["A", "1"], ["B", "1"]]
+    (row,) = json.loads((tmp_path / "made.json").read_text())["rows"]
+    assert (row["A_seeds"], row["B_seeds"]) == (2, 1)
+    assert "(1 of 2 seeds)" in (tmp_path / "made.table.md").read_text()
+    refused = subprocess.run([*command, "2"], cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+    assert refused.returncode == 1
+    assert refused.stderr.splitlines()[-1] == "--price-seeds 2 has others than --seeds 0,1"
+
+
 def test_columns_are_compared_by_seed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(ROOT / "scripts" / "python")
     report = importlib.import_module("method.report")

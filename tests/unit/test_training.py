@@ -276,7 +276,7 @@ def _thinned(negatives: float, positives: int | None) -> RunSpec:
 def test_unthinned_probabilities_are_learnt_from_thinned_and_repeated_examples(positives: int | None) -> None:
     """Of the other classes' examples one in four is kept."""
     spec = _thinned(0.25, positives)
-    objective = training.BranchObjective(spec, T0, (T0,), "cpu")
+    objective = training.BranchObjective(spec, T0, "cpu")
     labels = torch.tensor([0] * 40 * (positives or 1) + [1] * 30 + [2] * 30 + [3] * 30)
     logits = torch.zeros(2, requires_grad=True)
     for _ in range(2000):
@@ -288,18 +288,55 @@ def test_unthinned_probabilities_are_learnt_from_thinned_and_repeated_examples(p
 
 
 @pytest.mark.parametrize("positives", [None, 3])
-def test_what_a_branch_learns_from_thinned_examples_does_not_depend_on_its_bundle(
+def test_branch_trains_on_the_other_tasks_of_its_bundle_as_rarely_as_on_any_other_class(
     positives: int | None,
 ) -> None:
-    """In expectation over what is kept: here every example is there as often as it is kept on average."""
+    """Batches for two tasks of four: their examples whole or repeated, half of the others."""
     spec = _thinned(0.5, positives)
-    logits_of_class = torch.randn(4, 2, generator=torch.Generator().manual_seed(0))
-    own = 4 * (positives or 1)
-    alone = torch.tensor([0] * own + [1] * 2 + [2] * 2 + [3] * 2)
-    together = torch.tensor([0] * own + [1] * own + [2] * 2 + [3] * 2)
-    one = training.BranchObjective(spec, T0, (T0,), "cpu")(logits_of_class[alone], alone)
-    other = training.BranchObjective(spec, T0, (T0, T1), "cpu")(logits_of_class[together], together)
-    assert one.item() == pytest.approx(other.item(), rel=1e-5)
+    rows = training.BundleRows(spec, T0, (T0, T1), "cpu")
+    generator = torch.Generator().manual_seed(0)
+    often = torch.tensor([positives or 1.0, positives or 1.0, 0.5, 0.5])
+    offered, seen = torch.zeros(4), torch.zeros(4)
+    for _ in range(3000):
+        labels = often.multinomial(80, replacement=True, generator=generator)
+        # Features that say which example they are of.
+        places, chosen = rows(torch.arange(80)[:, None], labels)
+        assert torch.equal(labels[places[:, 0]], chosen)
+        assert len(places.unique()) == len(places)
+        assert (chosen == 0).sum() == (labels == 0).sum()
+        offered += labels.bincount(minlength=4)
+        seen += chosen.bincount(minlength=4)
+    assert (seen[1:] / seen[0]).tolist() == pytest.approx([spec.schedule.rarity] * 3, rel=0.03)
+    assert offered[1] > 1.9 * seen[1]
+
+
+@pytest.mark.parametrize("labels", [[0], [0, 1], [1, 1], [1] * 20, [0] * 20])
+def test_branch_of_a_bundle_never_trains_on_one_example_where_there_are_two(labels: list[int]) -> None:
+    rows = training.BundleRows(_thinned(0.1, 3), T0, (T0, T1), "cpu")
+    _, chosen = rows(torch.zeros(len(labels), 1), torch.tensor(labels))
+    assert len(chosen) >= min(2, len(labels))
+    assert (chosen == 0).sum() == labels.count(0)
+
+
+def test_bundle_costs_what_each_of_its_branches_trains_on() -> None:
+    spec = _thinned(0.25, 3)
+    batches = list(examples(spec, batches=10))
+    rows = {shard: training.BundleRows(spec, shard, (T0, T1), "cpu") for shard in (T0, T1)}
+    trained = sum(
+        len(rows[shard](images, labels)[1]) * cost.macs_branch(spec, shard)
+        for images, labels in batches
+        for shard in (T0, T1)
+    )
+    made = train_branches(
+        spec,
+        initial_shard(spec, STEM),
+        _initial(spec, T0, T1),
+        batches,
+        start_progress={T0: 0.0, T1: 0.0},
+        samples=160,
+    )
+    assert made.macs == 160 * cost.macs_stem(spec) + 3 * trained
+    assert made.macs < 160 * cost.training_macs(spec, (T0, T1))
 
 
 def test_thinned_batches_count_for_what_was_offered_and_cost_what_was_trained() -> None:

@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 
 from p2pcollab import cost
-from p2pcollab.data.batches import Thinning
 from p2pcollab.run import STEM, RunSpec
 
 Result = Mapping[str, Any]
@@ -107,11 +106,7 @@ def _saving_one_task(fields: Mapping[str, Any]) -> float:
     """
     spec = RunSpec.model_validate(_set(fields))
     classes = np.arange(len(spec.classes))
-    costs = [
-        Thinning.of(spec, [shard]).times(classes).mean() * cost.training_macs(spec, [shard])
-        for shard in spec.shards
-        if shard != STEM
-    ]
+    costs = [cost.offered_macs(spec, [shard], classes) for shard in spec.shards if shard != STEM]
     return float(cost.training_macs_dense(spec) / max(costs))
 
 
@@ -173,10 +168,13 @@ def _markdown_row(one: Mapping[str, Any]) -> str:
 
 
 def _percent(one: Mapping[str, Any], column: str) -> str:
-    mean, sd = one.get(f"{column}_mean"), one.get(f"{column}_sd")
+    mean, sd, seeds = (one.get(f"{column}_{what}") for what in ("mean", "sd", "seeds"))
     if mean is None:
         return "-"
-    return f"{mean:.2f} ± {sd:.2f}" if sd is not None else f"{mean:.2f}"
+    percent = f"{mean:.2f} ± {sd:.2f}" if sd is not None else f"{mean:.2f}"
+    if seeds in (None, len(one["seeds"])):
+        return percent
+    return f"{percent} ({seeds} of {len(one['seeds'])} seeds)"
 
 
 def plot(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
