@@ -12,19 +12,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from . import cost
-from .data.batches import Thinning
 from .lease import Batches, Lease, OnStep, autocast_for
 from .models.build import build_aux_head, build_branch, build_dense, build_stem
 from .models.layers import Classifier, Stem
 from .models.submodel import SubModel
 from .run import STEM, RunSpec, ShardId
-from .training import BranchObjective
+from .training import BranchObjective, RowLots
 
 #: The undivided network's name in `on_step`.
 DENSE: Final = ShardId("dense")
@@ -147,17 +145,15 @@ def train_decoupled(
 class _Thinned:
     """Chooses the rows of a batch that a branch trains on: its own examples, and some others.
 
-    As many in every batch, because a kernel for a new shape costs more than the batch. Of further batches,
-    for examples that are trained on more than once, only own ones, unless there are too few.
+    Of further batches, for examples that are trained on more than once, only own ones.
     """
 
     def __init__(self, spec: RunSpec, shard: ShardId, device: torch.device | str) -> None:
-        # Per offered example, with as many of each class.
-        self._kept = float(Thinning.of(spec, [shard]).times(np.arange(len(spec.classes))).mean())
         self._whole = spec.schedule.rarity == 1.0
         self._own_C = torch.zeros(len(spec.classes), device=device)
         self._own_C[list(spec.task(shard).classes)] = 1.0
-        self._generator = torch.Generator().manual_seed(spec.seed + spec.shards.index(shard))
+        self._kept_C = self._own_C.clamp(min=spec.schedule.negatives)
+        self._lots = RowLots(spec, shard)
 
     def rows(self, labels: Tensor, offered: int) -> Tensor:
         """Indices into the batch and its further ones, int64.
@@ -167,10 +163,8 @@ class _Thinned:
         """
         if self._whole:
             return torch.arange(offered, device=labels.device)
-        own_N = self._own_C[labels]
-        order = torch.rand(len(labels), generator=self._generator).to(labels.device) - own_N
-        order[offered:] += 2 * (1 - own_N[offered:])
-        return order.argsort()[: max(2, round(self._kept * offered))]
+        first, further = labels[:offered], labels[offered:]
+        return self._lots.draw(torch.cat([self._kept_C[first], self._own_C[further]]))
 
 
 class _Joint(nn.Module):

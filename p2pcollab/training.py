@@ -175,6 +175,18 @@ def train_branches(
     )
 
 
+class RowLots:
+    """Draws by lot which rows of a batch a branch trains on; the same branch the same lots in every lease."""
+
+    def __init__(self, spec: RunSpec, shard: ShardId) -> None:
+        self._generator = torch.Generator().manual_seed(spec.seed + spec.shards.index(shard))
+
+    def draw(self, kept_B: Tensor) -> Tensor:
+        """Indices of rows, int64: each by its probability, and two at least if there are any two."""
+        lots_B = torch.rand(len(kept_B), generator=self._generator).to(kept_B.device) / kept_B
+        return lots_B.argsort()[: max(_ROWS_MIN, int((lots_B < 1.0).sum()))]
+
+
 class BundleRows:
     """Which examples of a batch a branch trains on.
 
@@ -195,16 +207,13 @@ class BundleRows:
         self._kept_C = torch.ones(len(spec.classes), device=device)
         self._kept_C[sorted(beside)] = spec.schedule.rarity
         self._whole = spec.schedule.rarity == 1.0 or not beside
-        self._generator = torch.Generator().manual_seed(spec.seed + spec.shards.index(shard))
+        self._lots = RowLots(spec, shard)
 
     def __call__(self, features_BFHW: Tensor, labels_B: Tensor) -> tuple[Tensor, Tensor]:
-        """What the branch trains on, of the stem's features for a batch and the labels, by lot."""
+        """What the branch trains on, of the stem's features for a batch and the labels."""
         if self._whole:
             return features_BFHW, labels_B
-        lots_B = torch.rand(len(labels_B), generator=self._generator).to(labels_B.device)
-        lots_B /= self._kept_C[labels_B]
-        count = max(_ROWS_MIN, int((lots_B < 1.0).sum()))
-        rows = lots_B.argsort()[:count]
+        rows = self._lots.draw(self._kept_C[labels_B])
         return features_BFHW[rows], labels_B[rows]
 
 
