@@ -63,6 +63,24 @@ def test_what_only_says_where_points_are_lost_can_have_fewer_seeds(tmp_path: Pat
     assert refused.stderr.splitlines()[-1] == "--price-seeds 2 has others than --seeds 0,1"
 
 
+def test_results_have_one_name_where_a_setting_does_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The grouped network has one softmax: nothing of it depends on the decoupled losses' examples."""
+    monkeypatch.syspath_prepend(ROOT / "scripts" / "python")
+    configuration = importlib.import_module("method.configuration").Configuration
+
+    def names(**settings: float) -> list[str]:
+        made = configuration(
+            dataset="digits", source="digits", root=None, model="digits", name="", epochs=2.0, limit=None,
+            speeds=(1.0,), partition="shared", groups=None, settings=settings,
+        )  # fmt: skip
+        return [made.key(column, 0) for column in "ABCD"]
+
+    same = [one == other for one, other in zip(names(), names(negatives=0.5, positives=2), strict=True)]
+    assert same == [True, True, False, False]
+    same = [one == other for one, other in zip(names(), names(branch_width=0.5), strict=True)]
+    assert same == [True, False, False, False]
+
+
 def test_columns_are_compared_by_seed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(ROOT / "scripts" / "python")
     report = importlib.import_module("method.report")

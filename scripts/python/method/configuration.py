@@ -78,16 +78,20 @@ class Configuration:
         return RunSpec.decode(changed.encode())  # validated as a whole
 
     def key(self, column: str, seed: int) -> str:
-        """Name of a result: equal for equal work. The dense network's depends on nothing of the branches."""
+        """Name of a result: equal for equal work.
+
+        The dense network's depends on nothing of the branches, the grouped one's on nothing of their losses.
+        """
         spec = self.spec(seed, column).model_dump(mode="json")
         spec.pop("name")
         _drop_unset(spec)
         if column == "A":
             for field in ("stem_stages", "stem_width", "branch_width", "branch_squeeze"):
                 spec["model"].pop(field, None)
+            spec.pop("tasks")
+        if column in "AB":
             for field in ("lease_samples", "stem_seal_fraction", "negatives", "positives", "branch_lr"):
                 spec["schedule"].pop(field, None)
-            spec.pop("tasks")
         described: dict[str, Any] = {"spec": spec, "source": self._data, "limit": self.limit}
         if column == "D":
             described |= {"speeds": self.speeds, "partition": self.partition}
