@@ -2,7 +2,7 @@
 
 The loss of a branch is its own: cross-entropy over {its classes, "other"}. The stem under a bundle of
 branches runs forward only, in evaluation mode, so branches never influence each other: trained together
-or apart, on equal batches they become equal. The stem itself trains under an all-class head of its own.
+or apart, on equal examples they become equal. The stem itself trains under an all-class head of its own.
 
 Results depend on the tensors, the batches and the progress only.
 """

@@ -28,7 +28,7 @@ _BATCH_MIN: Final = 2
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Thinning:
-    """How often the branches of some tasks train on each example of a data set: on their own more often.
+    """How often batches for some branches have each example of a data set: those of their tasks more often.
 
     A branch sees ten times as many examples of other classes as of its own where there are ten tasks. Every
     pass over the data draws other ones, so that all of them are seen in the end.
@@ -43,7 +43,7 @@ class Thinning:
 
     @classmethod
     def of(cls, spec: RunSpec, shards: Iterable[ShardId]) -> Thinning:
-        """What a bundle of branches trains on; the stem trains on everything."""
+        """Batches for a bundle of branches; the stem trains on everything."""
         tasks = [spec.task(shard) for shard in shards if shard != STEM]
         own = frozenset(index for task in tasks for index in task.classes)
         if not tasks:
