@@ -158,6 +158,7 @@ class Fetcher:
 
         verdicts = await session.trainer.check(trials, read)
         session.counters.training_macs += verdicts.macs
+        session.counters.tried_macs += verdicts.macs
         known = session.coordinator.opinions
         for entry, verdict in zip(entries, verdicts.found, strict=True):
             session.coordinator.judged(entry, verdict)

@@ -46,6 +46,8 @@ class Counters:
     """What this device did in this run, over restarts of the daemon."""
 
     training_macs: int = 0
+    #: Of them, what trying others' work took.
+    tried_macs: int = 0
     contributions: int = 0
     merges: int = 0
     refused: int = 0

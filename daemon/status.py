@@ -61,6 +61,7 @@ def counters(session: Session) -> dict[str, int]:
     kept = session.counters
     return {
         "training_macs": kept.training_macs,
+        "tried_macs": kept.tried_macs,
         "contributions": kept.contributions,
         "merges": kept.merges,
         "refused": kept.refused,

@@ -37,7 +37,9 @@ def test_a_rehearsal_agrees_with_real_daemons(tmp_path: Path) -> None:
         for device in devices[1:]:
             device.start(mode="join", code=code)
         runs.complete(*devices)
-        real_macs = sum(runs.status(device)["counters"]["training_macs"] for device in devices)
+        spent = [runs.status(device)["counters"] for device in devices]
+        real_tried = sum(counters["tried_macs"] for counters in spent)
+        real_trained = sum(counters["training_macs"] for counters in spent) - real_tried
         real_model = devices[0].assemble().data
         real_samples = sum(runs.seen(devices[0]).values())
 
@@ -47,4 +49,8 @@ def test_a_rehearsal_agrees_with_real_daemons(tmp_path: Path) -> None:
     samples = sum(sum(tally.samples.values()) for tally in rehearsed.devices)
     # Real devices on a busy machine overlap more, and train a little more than the budgets.
     assert samples == pytest.approx(real_samples, rel=0.15)
-    assert sum(tally.macs for tally in rehearsed.devices) == pytest.approx(real_macs, rel=0.3)
+    tried = sum(tally.tried_macs for tally in rehearsed.devices)
+    trained = sum(tally.macs for tally in rehearsed.devices) - tried
+    assert trained == pytest.approx(real_trained, rel=0.3)
+    # On a busy machine much is overtaken before it is tried.
+    assert 0 < real_tried < 1.5 * tried
