@@ -57,14 +57,16 @@ def offered_macs(spec: RunSpec, shards: Iterable[ShardId], labels: npt.NDArray[n
 
     Args:
         shards: either the stem alone, or the tasks of a bundle.
-        labels: those of the data, int64 [N], N > 0. The stem runs forward on what any branch trains on, and
+        labels: those of the data, int64 [N]. The stem runs forward on what any branch trains on, and
             each branch trains on its own part (`training.BundleRows`).
     """
     shards = tuple(shards)
     if shards == (STEM,):
         return float(training_macs(spec, shards))
-    branches = sum(macs_branch(spec, one) * _trained(spec, (one,), labels) for one in shards)
-    return macs_stem(spec) * _trained(spec, shards, labels) + TRAINED * branches
+    branches = sum(
+        macs_branch(spec, one) * Thinning.of(spec, [one]).trained_per_offered(labels) for one in shards
+    )
+    return macs_stem(spec) * Thinning.of(spec, shards).trained_per_offered(labels) + TRAINED * branches
 
 
 def evaluation_macs(spec: RunSpec, shards: Iterable[ShardId]) -> int:
@@ -102,11 +104,6 @@ class MacCount:
     def stem(self, examples: int) -> None:
         """The stem and its head have been trained."""
         self.total += examples * training_macs(self._spec, (STEM,))
-
-
-def _trained(spec: RunSpec, shards: Iterable[ShardId], labels: npt.NDArray[np.int64]) -> float:
-    """How many examples a bundle trains on for each that is offered."""
-    return float(Thinning.of(spec, shards).times(labels).mean())
 
 
 def _macs(plan: Plan) -> int:

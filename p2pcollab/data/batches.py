@@ -54,9 +54,9 @@ class Thinning:
         """How often a pass has each example in expectation, float64 [N]."""
         return np.where(np.isin(labels, list(self.own)), float(self.repeats), self.kept)
 
-    def offered_per_trained(self, dataset: ArrayDataset) -> float:
-        """How many examples of the data set each one that is trained on stands for."""
-        return len(dataset) / float(self.times(dataset.labels).sum()) if len(dataset) else 1.0
+    def trained_per_offered(self, labels: npt.NDArray[np.int64]) -> float:
+        """How many examples a pass has for each of the data's, whose labels these are."""
+        return float(self.times(labels).mean()) if len(labels) else 1.0
 
     def one_pass(
         self, order: Indices, labels: npt.NDArray[np.int64], generator: np.random.Generator
@@ -113,7 +113,7 @@ def _batches(
     generator = np.random.default_rng(seed)
     offered = size = offered_batch(dataset, spec)
     if thinning is not None:
-        size = max(_BATCH_MIN, round(offered / thinning.offered_per_trained(dataset)))
+        size = max(_BATCH_MIN, round(offered * thinning.trained_per_offered(dataset.labels)))
     normalise = _Normaliser(spec.input)
     augmentation = Augmentation(spec.input, dataset.noise, generator) if augment else None
     queue = np.empty(0, dtype=np.int64)

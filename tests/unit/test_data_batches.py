@@ -172,7 +172,7 @@ def test_thinned_batches_are_as_many_and_of_one_size(counts, kept, repeats, batc
     assert len(thinned) == len(whole) == -(-samples // offered_batch(dataset, spec))
     sizes = {len(labels) for _, labels in thinned}
     assert len(sizes) == 1
-    expected = offered_batch(dataset, spec) / thinning.offered_per_trained(dataset)
+    expected = offered_batch(dataset, spec) * thinning.trained_per_offered(dataset.labels)
     assert sizes.pop() == max(2, round(expected))
 
 
@@ -180,8 +180,7 @@ def test_thinning_keeps_all_own_examples_of_a_pass_and_other_examples_in_turn():
     dataset = marked(200)
     spec = run_spec(channels=1, size=8, batch_size=20, augment="none")
     thinning = Thinning(own=frozenset(range(40)), kept=0.25)
-    offered = thinning.offered_per_trained(dataset)
-    assert offered == pytest.approx(200 / (40 + 160 / 4))
+    assert thinning.trained_per_offered(dataset.labels) == pytest.approx((40 + 160 / 4) / 200)
     seen = Counter(
         label
         for _, labels in batches(dataset, spec, seed=1, samples=2000, thinning=thinning)
@@ -198,7 +197,7 @@ def test_own_examples_are_repeated_in_every_pass_apart_from_each_other():
     dataset = marked(200)
     spec = run_spec(channels=1, size=8, batch_size=20, augment="none")
     thinning = Thinning(own=frozenset(range(20)), kept=0.5, repeats=3)
-    assert thinning.offered_per_trained(dataset) == pytest.approx(200 / (3 * 20 + 180 / 2))
+    assert thinning.trained_per_offered(dataset.labels) == pytest.approx((3 * 20 + 180 / 2) / 200)
     parts = [labels.tolist() for _, labels in batches(dataset, spec, seed=1, samples=2000, thinning=thinning)]
     seen = Counter(label for labels in parts for label in labels)
     # Ten passes: each own example about 30 times, each other one about five.
