@@ -11,21 +11,19 @@ import hashlib
 import math
 import os
 import secrets
-import signal
-import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
 import psutil
 import scenario as sc
-from lab import Host, Lab, cpu_controller, faketime_library, why_not
+from hosts import Hosts
+from lab import Lab, cpu_controller, faketime_library, why_not
 
-from p2pcollab.daemon.fleet import Fleet, LocalDevice, wait_until
+from p2pcollab.daemon.fleet import Fleet, wait_until
 from p2pcollab.daemon.gossip import ROUND_S
 from p2pcollab.data import inspect
 from p2pcollab.errors import P2PCollabError, UsageError
@@ -115,9 +113,10 @@ def play(scenario: sc.Scenario, say: Callable[[str], None] = print) -> Result:
         lab = Lab(scenario.hosts, relayed=sc.relayed_hosts(moments), quotas=scenario.uses(sc.Slow))
         stack.enter_context(lab)
         fleet = stack.enter_context(Fleet())
-        player = _Player(scenario, moments, lab, fleet, folder, say, stack)
+        hosts = Hosts(scenario, moments, lab, fleet, folder, stack)
+        player = _Player(scenario, moments, fleet, hosts, say)
         # Whatever happens from here on, no device outlives it, nor asks to be waited for.
-        stack.callback(player.end_all)
+        stack.callback(hosts.kill_all)
         player.prepare()
         player.run()
         player.conclude()
@@ -132,22 +131,16 @@ class _Player:
         self,
         scenario: sc.Scenario,
         moments: tuple[sc.Moment, ...],
-        lab: Lab,
         fleet: Fleet,
-        folder: Path,
+        hosts: Hosts,
         say: Callable[[str], None],
-        stack: contextlib.ExitStack,
     ) -> None:
         self._scenario = scenario
         self._moments = moments
-        self._lab = lab
         self._fleet = fleet
-        self._folder = folder
+        self._hosts = hosts
         self._say = say
-        self._stack = stack
         self._stay_away = sc.hosts_that_stay_away(moments)
-        #: Hosts whose daemon is stopped, and cannot be asked.
-        self._stopped: set[int] = set()
         self._everything: Seen = {}
         self._made_at_cut: dict[tuple[int, ...], dict[int, int]] = {}
         self._started = 0.0
@@ -167,17 +160,7 @@ class _Player:
         if self._scenario.lease_samples is not None:
             schedule = spec.schedule.model_copy(update={"lease_samples": self._scenario.lease_samples})
             spec = spec.model_copy(update={"schedule": schedule})
-        for number, host in enumerate(self._lab.hosts, start=1):
-            self._fleet.add(
-                f"host-{number}",
-                self._state_folder(number),
-                prefix=self._prefix(number, host),
-                interface=host.address,
-                data="digits",
-                share=f"{number}/{self._scenario.hosts}",
-                threads=1,
-                budget=self._scenario.budget,
-            )
+        self._hosts.add_all()
         first, *others = self._fleet.devices
         self._say(f"starting {len(self._fleet.devices)} daemons")
         first.start(mode="new", spec=spec.encode().decode(), secret_hex=secrets.token_hex(16))
@@ -209,113 +192,30 @@ class _Player:
             self._try(lambda: wait_until(self._complete, timeout_s=_COMPLETE_S, what="the run to complete"))
             self._look()
             with self._problems():
-                models = self._ask_all(lambda device: hashlib.sha256(device.assemble().data).hexdigest())
+                models = self._hosts.ask(lambda device: hashlib.sha256(device.assemble().data).hexdigest())
                 self.result.models_equal = len(set(models.values())) == 1
                 if not self.result.models_equal:
                     self.result.problems.append("devices assemble different models")
             self._compare()
         else:
             self._say(f"{self._now():6.1f} s  waiting for equal ledgers")
-            with self._standstill():
+            with self._hosts.standstill():
                 self._settle(None)
                 # Before anybody goes on: the lease that ends next makes the ledgers differ for a moment.
                 self._compare()
-
-    def end_all(self) -> None:
-        """SIGKILL all daemons with all that is theirs."""
-        for device in self._fleet.devices:
-            if device.launched is not None:
-                with contextlib.suppress(ProcessLookupError):
-                    os.killpg(device.launched.process.pid, signal.SIGKILL)
-                device.launched.process.wait()
 
     # Steps
 
     def _perform(self, moment: sc.Moment) -> None:
         if isinstance(moment.step, sc.Settle):
-            with self._standstill():
+            with self._hosts.standstill():
                 self._settle(moment.step.within_rounds)
             return
         for number in moment.hosts:
             with self._problems():
-                self._harm(moment.step, number, ends=moment.ends)
+                self._hosts.harm(moment.step, number, ends=moment.ends)
         if isinstance(moment.step, sc.Heal) or (isinstance(moment.step, sc.Cut) and moment.ends):
             self._healed = time.monotonic()
-
-    def _harm(self, step: sc.Step, number: int, *, ends: bool) -> None:
-        lab, host = self._lab, self._lab.hosts[number - 1]
-        match step:
-            case sc.Cut(way="both") if not ends:
-                lab.cut(host)
-            case sc.Cut(way="deaf") if not ends:
-                lab.deafen(host)
-            case sc.Cut(way="mute") if not ends:
-                lab.mute(host)
-            case sc.Cut() | sc.Heal():
-                lab.heal(host)
-            case sc.Kill():
-                self._restart(number) if ends else self._kill(number, step.part)
-            case sc.Start():
-                self._restart(number)
-            case sc.Stop():
-                self._pause(number, step.part, go_on=ends)
-            case sc.Slow():
-                lab.limit_cpu(host, None if ends else step.cores)
-            case sc.Loss():
-                lab.lose(host, 0.0 if ends else step.share)
-            case sc.Skew():
-                self._clock(number).write_text(f"{0 if ends else step.seconds:+}")
-            case sc.FillDisk():
-                self._empty_disk(number) if ends else self._fill_disk(number)
-            case sc.Bandwidth():
-                lab.limit_bandwidth(host, 0 if ends else step.kbit_s)
-            case sc.Delay():
-                lab.delay(host, *((0.0, 0.0) if ends else (step.ms, step.jitter_ms)))
-            case _:
-                raise AssertionError(f"nobody performs {step}")
-
-    def _kill(self, number: int, part: str) -> None:
-        device = self._device(number)
-        if part != "device":
-            device.kill(part)
-            return
-        assert device.launched is not None
-        os.killpg(device.launched.process.pid, signal.SIGKILL)
-        device.launched.process.wait()
-
-    def _restart(self, number: int) -> None:
-        device = self._device(number)
-        if not device.running:
-            device.start(mode="resume", code=None, spec=None, secret_hex=None)
-
-    def _pause(self, number: int, part: str, *, go_on: bool) -> None:
-        processes = self._device(number).processes()
-        chosen = list(processes.values()) if part == "device" else [processes[part]]
-        for process in chosen:
-            process.resume() if go_on else process.suspend()
-        if part in ("device", "daemon"):
-            (self._stopped.discard if go_on else self._stopped.add)(number)
-
-    def _fill_disk(self, number: int) -> None:
-        with contextlib.suppress(OSError), self._ballast(number).open("ab", buffering=0) as file:
-            while True:
-                file.write(bytes(4096))
-
-    def _empty_disk(self, number: int) -> None:
-        self._ballast(number).unlink(missing_ok=True)
-
-    @contextlib.contextmanager
-    def _standstill(self) -> Iterator[None]:
-        """Nobody makes anything new."""
-        trainers = [t for d in self._reachable().values() if (t := d.processes().get("trainer")) is not None]
-        for trainer in trainers:
-            trainer.suspend()
-        try:
-            yield
-        finally:
-            for trainer in trainers:
-                with contextlib.suppress(psutil.NoSuchProcess):
-                    trainer.resume()
 
     def _settle(self, within_rounds: int | None) -> None:
         """Wait for equal ledgers."""
@@ -341,7 +241,7 @@ class _Player:
 
         What dies with a device for good is not promised to survive.
         """
-        statuses = self._statuses()
+        statuses = self._hosts.statuses()
         for number, status in statuses.items():
             if number not in self._stay_away:
                 self._everything = _joined([self._everything, _seen(status)])
@@ -362,9 +262,11 @@ class _Player:
     def _compare(self) -> None:
         result = self.result
         wait_until(
-            lambda: set(self._statuses()) == set(self._reachable()), timeout_s=_BACK_S, what="every device"
+            lambda: set(self._hosts.statuses()) == set(self._hosts.reachable()),
+            timeout_s=_BACK_S,
+            what="every device",
         )
-        statuses = self._statuses()
+        statuses = self._hosts.statuses()
         digests = {status["ledger"]["digest"] for status in statuses.values()}
         result.digests_equal = len(digests) == 1
         if not result.digests_equal:
@@ -384,7 +286,7 @@ class _Player:
             result.problems.append(f"{len(result.entries_lost)} entries were lost")
 
     def _all_there(self) -> bool:
-        statuses = self._statuses()
+        statuses = self._hosts.statuses()
         hosts = self._scenario.hosts
         return len(statuses) == hosts and all(
             sum(peer["state"] not in ("left", "gone") for peer in status["peers"]) == hosts - 1
@@ -393,9 +295,9 @@ class _Player:
         )
 
     def _equal(self) -> bool:
-        statuses = self._statuses()
+        statuses = self._hosts.statuses()
         return (
-            set(statuses) == set(self._reachable())
+            set(statuses) == set(self._hosts.reachable())
             and len({status["ledger"]["digest"] for status in statuses.values()}) == 1
             and all(
                 _seen(status).get(key, 0) >= samples
@@ -405,36 +307,12 @@ class _Player:
         )
 
     def _complete(self) -> bool:
-        statuses = self._statuses()
+        statuses = self._hosts.statuses()
         return (
-            set(statuses) == set(self._reachable())
+            set(statuses) == set(self._hosts.reachable())
             and all(status["complete"] for status in statuses.values())
             and len({status["ledger"]["digest"] for status in statuses.values()}) == 1
         )
-
-    def _statuses(self) -> dict[int, dict[str, Any]]:
-        """Of all devices that can answer, by number."""
-
-        def status(device: LocalDevice) -> dict[str, Any] | None:
-            with contextlib.suppress(P2PCollabError):
-                return device.status()
-            return None
-
-        answers = self._ask_all(status)
-        return {number: answer for number, answer in answers.items() if answer is not None}
-
-    def _ask_all(self, question: Callable[[LocalDevice], Any]) -> dict[int, Any]:
-        devices = self._reachable()
-        with ThreadPoolExecutor(max(1, len(devices))) as pool:
-            return dict(zip(devices, pool.map(question, devices.values()), strict=True))
-
-    def _reachable(self) -> Mapping[int, LocalDevice]:
-        """Those that run and are not stopped."""
-        return {
-            number: device
-            for number, device in enumerate(self._fleet.devices, start=1)
-            if device.running and number not in self._stopped
-        }
 
     @contextlib.contextmanager
     def _problems(self) -> Iterator[None]:
@@ -451,41 +329,6 @@ class _Player:
 
     def _now(self) -> float:
         return time.monotonic() - self._started
-
-    # Hosts
-
-    def _device(self, number: int) -> LocalDevice:
-        return self._fleet.devices[number - 1]
-
-    def _hosts_of(self, kind: type[sc.Step]) -> set[int]:
-        return {number for m in self._moments if isinstance(m.step, kind) for number in m.hosts}
-
-    def _state_folder(self, number: int) -> Path:
-        """The state folder; on a small disk of its own where it will be filled."""
-        folder = self._folder / f"host-{number}"
-        folder.mkdir()
-        if number not in self._hosts_of(sc.FillDisk):
-            return folder
-        size = f"size={self._scenario.disk_mb}m"
-        subprocess.run(["mount", "-t", "tmpfs", "-o", size, "tmpfs", str(folder)], check=True)
-        self._stack.callback(subprocess.run, ["umount", "--lazy", str(folder)], check=False)
-        return folder / "state"
-
-    def _ballast(self, number: int) -> Path:
-        return self._folder / f"host-{number}" / "ballast"
-
-    def _clock(self, number: int) -> Path:
-        return self._folder / f"clock-{number}"
-
-    def _prefix(self, number: int, host: Host) -> tuple[str, ...]:
-        if number not in self._hosts_of(sc.Skew):
-            return host.prefix
-        library, clock = faketime_library(), self._clock(number)
-        clock.write_text("+0")
-        return (
-            *(*host.prefix, "env", f"LD_PRELOAD={library}", f"FAKETIME_TIMESTAMP_FILE={clock}"),
-            *("FAKETIME_NO_CACHE=1", "FAKETIME_DONT_FAKE_MONOTONIC=1"),
-        )
 
 
 def _seen(status: Mapping[str, Any]) -> Seen:

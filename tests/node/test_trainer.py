@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-import io
 import os
 import signal
 import subprocess
@@ -22,7 +21,6 @@ from PIL import Image
 from p2pcollab import limits
 from p2pcollab.assembly import load_model
 from p2pcollab.cost import evaluation_macs, training_macs
-from p2pcollab.daemon.frames import BrokenFrame, encode_frame, read_frame
 from p2pcollab.daemon.trainer import (
     Budget,
     LeaseJob,
@@ -32,7 +30,6 @@ from p2pcollab.daemon.trainer import (
     TrainerDied,
     TrainerSettings,
 )
-from p2pcollab.daemon.trainer_process import LeaseSteps, Request
 from p2pcollab.errors import DataError, PeerError, StorageError
 from p2pcollab.judging import OTHERS_MAX, OWN_MAX
 from p2pcollab.keys import Identity
@@ -424,101 +421,6 @@ def test_trainer_that_is_closed_leaves_p2pd_to_the_daemon() -> None:
         guarded.kill()
         daemon.kill()
         daemon.communicate()
-
-
-class FakeInbox:
-    """Requests that come in while time passes."""
-
-    def __init__(self, *requests: Request) -> None:
-        self.now = 0.0
-        self.requests = list(requests)
-
-    def get(self, wait_s: float | None = None) -> Request | None:
-        if self.requests:
-            return self.requests.pop(0)
-        self.now += wait_s or 0.0
-        return None
-
-    def clock(self) -> float:
-        return self.now
-
-
-class FakeProcess:
-    """Keeps what was sent and answered; an answer takes a second."""
-
-    def __init__(self, inbox: FakeInbox) -> None:
-        self.inbox = inbox
-        self.sent: list[dict[str, Any]] = []
-        self.answered: list[str] = []
-
-    def send(self, fields: dict[str, Any]) -> None:
-        self.sent.append(fields)
-
-    def answer(self, request: Request) -> None:
-        self.answered.append(request.do)
-        self.inbox.now += 1.0
-
-
-def steps(duty: float, *requests: Request) -> tuple[FakeInbox, FakeProcess, LeaseSteps]:
-    inbox = FakeInbox(*requests)
-    process = FakeProcess(inbox)
-    as_process: Any = process
-    as_inbox: Any = inbox
-    return inbox, process, LeaseSteps(as_process, as_inbox, 7, duty, inbox.clock)
-
-
-def test_quarter_of_the_budget_sleeps_three_times_as_long_as_it_computes() -> None:
-    inbox, _, step = steps(0.25)
-    for number in range(1, 4):
-        inbox.now += 0.5
-        assert step(number * 32, {BRANCHES[0]: 1.0})
-        assert inbox.now == number * 2.0
-
-
-def test_progress_is_sent_at_most_five_times_a_second() -> None:
-    inbox, process, step = steps(1.0)
-    for number in range(100):
-        inbox.now += 0.01
-        step(number, {BRANCHES[0]: 1.0})
-    assert [report["progress"] for report in process.sent] == [0, 20, 40, 60, 80]
-    assert process.sent[0]["id"] == 7
-
-
-def test_requests_during_a_lease_are_served_or_refused_and_their_time_is_not_the_leases() -> None:
-    _, process, step = steps(
-        1.0,
-        Request(id=1, do="assemble", fields={}),
-        Request(id=2, do="configure", fields={}),
-        Request(id=3, do="cancel", fields={}),
-    )
-    assert step(32, {})
-    assert process.answered == ["assemble"]
-    assert step.served_s == 1.0
-    assert "during a lease" in process.sent[-1]["error"]["what"]
-
-
-def test_cancel_ends_the_lease_in_the_middle_of_a_pause() -> None:
-    inbox, _, step = steps(0.5, Request(id=7, do="cancel", fields={}))
-    inbox.now += 4.0
-    assert not step(32, {})
-    assert inbox.now == 4.0
-
-
-def test_frames_come_back_as_they_were() -> None:
-    fields = {"id": 3, "do": "train", "data": bytes(range(256)), "frontiers": {"t0": [b"x"]}}
-    file = io.BytesIO(encode_frame(fields) + encode_frame({}))
-    assert read_frame(file) == fields
-    assert read_frame(file) == {}
-    assert read_frame(file) is None
-
-
-@pytest.mark.parametrize(
-    "data",
-    [b"\x00", b"\x00\x00\x00\x05abc", b"\xff\xff\xff\xff", b"\x00\x00\x00\x01\x05", b"hello world"],
-)
-def test_what_is_not_a_frame_is_refused_before_memory_is_taken(data: bytes) -> None:
-    with pytest.raises(BrokenFrame):
-        read_frame(io.BytesIO(data))
 
 
 @pytest.mark.parametrize("share", [0.05, 0.5, 1.0])
