@@ -5,7 +5,7 @@ Four ledgers, each a part of the one before:
     heard    all of them: what gossip makes equal on all devices
     holding  those whose claims hold and whose tensors are not malformed
     counted  those without what outvoted devices have made: leases start from them, assemblies are made of it
-    built_on those without what this device alone doubts
+    built_on those without the branches of devices that this one alone accuses
 
 Time comes in as an argument. One belief belongs to one coordinator.
 """
@@ -202,8 +202,13 @@ class Belief:
         out = self._outvoted - {self._device}
         self.counted = self.holding.without_devices(out) if out else self.holding
         self._holdings.notice_stem(self.counted.frontier(STEM))
-        doubted = self._opinions.accused - out
-        self.built_on = self.counted.without_devices(doubted) if doubted else self.counted
+        accused = self._opinions.accused - out
+        self.built_on = self.counted
+        if accused:
+            # Stems are refused one by one: each brings the head that it is tried with. Without one that all
+            # others use, this device's branches would fit nobody's stem and spoil what they are merged with.
+            branches = self.counted.without_devices(accused)
+            self.built_on = branches.add_all(self.counted.of_shard(STEM))
 
     def _disbelieve(self, contributions: Iterable[Contribution]) -> None:
         """These no longer count. What they had claimed to contain counts again."""

@@ -233,10 +233,13 @@ class Holdings:
     ) -> tuple[Contribution, ...] | None:
         """What the stem with this `states_digest` is merged of, if that is known, held and not refused.
 
-        A frontier, or one contribution to it: others may have refused the rest, or not have heard of it.
+        A frontier, or one contribution to it: others may have refused the rest, or not have heard of it. The
+        initial stem only for as long as a device may still train on it that has not heard of better: later, a
+        branch that is good on that one spoils those that are merged with it.
         """
         if digest == states_digest(()):
-            return ()
+            newest = max((entry.generation for frontier in self._stems for entry in frontier), default=0)
+            return () if newest < STEMS_KEPT else None
         for frontier in reversed(self._stems):
             for state in (frontier, *((entry,) for entry in frontier)):
                 if states_digest(state) == digest:

@@ -22,7 +22,7 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
 from .lease import Batches, autocast_for
@@ -134,12 +134,15 @@ def losses_by_example(
     tensors: Mapping[str, Tensor],
     features_N: Tensor,
     labels: npt.NDArray[np.int64],
+    *,
+    settled: bool = False,
 ) -> Tensor:
     """The loss of each example, as in training: of a branch over {own classes, "other"}. float64 [N].
 
     Args:
         tensors: of the branch, or of the stem, whose own head is tried.
         features_N: `features_by_example`; for the stem, of itself.
+        settled: normalise by the statistics of these examples, not by the running ones of the tensors.
     """
     device = features_N.device
     if shard == STEM:
@@ -147,6 +150,9 @@ def losses_by_example(
     else:
         head, targets = restore_branch(spec, spec.task(shard), tensors), local_labels(spec, shard)
     head.to(device).to(memory_format=torch.channels_last).eval()
+    for module in head.modules():
+        if settled and isinstance(module, nn.BatchNorm2d):
+            module.train()
     with torch.inference_mode(), autocast_for(device, spec):
         logits = head(features_N).float().cpu()
     return functional.cross_entropy(logits, targets[torch.from_numpy(labels)], reduction="none").double()
@@ -178,14 +184,23 @@ def compare(candidate_N: Tensor, reference_N: Tensor, sample: Sample) -> Compari
     )
 
 
-def judge_loss(found: Comparison, weight: float, *, stem: bool = False) -> Verdict | None:
+def is_gross(found: Comparison) -> bool:
+    """Whether a contribution is so much worse that honest work hardly ever is."""
+    return _worse(found, GROSS_MARGIN, GROSS_MARGIN_PART, GROSS_ERRORS)
+
+
+def judge_loss(
+    found: Comparison, weight: float, *, stem: bool = False, settled: Comparison | None = None
+) -> Verdict | None:
     """Why a contribution is too bad to be built on, if it is, and whether grossly so.
 
     Args:
         weight: what it counts for in a merge against the reference, 0..1.
         stem: whether it is one, and no branch.
+        settled: with statistics that do not hang on the last few batches, where the contribution's own may
+            be far off though its weights are honest: it is gross only if it is so with these, too.
     """
-    gross = _worse(found, GROSS_MARGIN, GROSS_MARGIN_PART, GROSS_ERRORS)
+    gross = is_gross(found) and (settled is None or is_gross(settled))
     weight = max(weight, LEAST_WEIGHT)
     margin, margin_part = (STEM_MARGIN, STEM_MARGIN_PART) if stem else (MARGIN, MARGIN_PART)
     if not gross and not _worse(found, margin / weight, margin_part / weight, ERRORS):

@@ -84,9 +84,15 @@ class PricedJudge(Judge):
         return State(states_digest(frontier), {})
 
     def _losses_of(
-        self, shard: ShardId, state: State, features_N: Tensor, labels: npt.NDArray[np.int64]
+        self,
+        shard: ShardId,
+        state: State,
+        features_N: Tensor,
+        labels: npt.NDArray[np.int64],
+        *,
+        settled: bool = False,
     ) -> Tensor:
-        del shard, state, features_N
+        del shard, state, features_N, settled
         return torch.ones(len(labels), dtype=torch.float64)
 
 

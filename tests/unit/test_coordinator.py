@@ -431,6 +431,26 @@ def test_stem_needs_no_stem() -> None:
     assert plan.stem_digest == ""
 
 
+def test_accusing_a_device_alone_leaves_its_branches_out_and_its_stem_in() -> None:
+    """Or this device's branches would fit a stem that nobody else uses."""
+    made = [mine(contribution(9)), mine(contribution(9, shard=T1))]
+    one = holding((T0,), made)
+    stem = one.ledger.frontier(STEM)
+    assert [entry.device for entry in stem] == [device(9)]
+    for entry in made:
+        one.judged(entry, Verdict(reason="far worse", gross=True))
+    assert one.distrusts(device(9))
+    plan = start(one, digests(one), 0.0)
+    assert plan.shards[0].parents == ()
+    assert plan.stem == stem
+
+
+def test_a_stem_that_was_refused_is_not_built_on() -> None:
+    one = holding((T0,))
+    one.judged(one.ledger.frontier(STEM)[0], REFUSED)
+    assert start(one, digests(one), 0.0).stem == ()
+
+
 def test_lease_starts_from_what_came_before_when_nobody_has_the_newest() -> None:
     first = contribution(1)
     second = successor((first,), 2)

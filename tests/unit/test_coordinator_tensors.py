@@ -80,6 +80,19 @@ def test_branch_is_tried_on_the_stem_that_it_was_trained_on_where_that_is_here()
     assert one.trial(branch, held, 1.0).stem == (second,)
 
 
+def test_branch_is_tried_on_the_initial_stem_only_while_that_is_young() -> None:
+    """What is good on that one only would pass, and spoil the others' branches."""
+    one = coordinator()
+    branch = mine(contribution(2, stem_digest=states_digest(())))
+    stem = mine(contribution(1, shard=STEM))
+    for now in range(STEMS_KEPT):
+        one.receive([stem], float(now))
+        tried_on = one.trial(branch, digests(one), float(now)).stem
+        assert tried_on == (() if stem.generation < STEMS_KEPT else (stem,))
+        stem = mine(successor((stem,), 1, shard=STEM))
+    assert stem.generation > STEMS_KEPT
+
+
 def test_few_stems_are_kept() -> None:
     one = coordinator()
     stems = [mine(contribution(1, shard=STEM))]

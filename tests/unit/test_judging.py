@@ -347,6 +347,32 @@ def test_guessing_is_worth_the_entropy_of_the_classes_shares() -> None:
     assert float((torch.from_numpy(sample.weights) * guessed).sum()) == pytest.approx(expected)
 
 
+@pytest.mark.parametrize(
+    ("samples", "lie", "gross"),
+    [
+        (LEASE, "statistics", False),
+        (SPEC.budget(T3), "statistics", True),
+        (LEASE, "weights", True),
+        (SPEC.budget(T3), "weights", True),
+    ],
+)
+def test_early_in_training_bad_statistics_alone_are_not_gross(
+    lineages: dict[ShardId, list[ShardTensors]], samples: int, lie: str, gross: bool
+) -> None:
+    """They may be those of weights of some steps ago, which changed fast. It is refused all the same."""
+    court = Court(lineages)
+    before, after = lineages[T3][-2:]
+    spoilt = biased(after, 40.0)
+    if lie == "statistics":
+        spoilt = {
+            name: 40 * tensor if name.endswith("running_mean") else tensor for name, tensor in after.items()
+        }
+    reference = court.made(1, samples, T3, before)
+    told = court.verdict(court.made(2, samples, T3, spoilt), reference)
+    assert told is not None and told.gross == gross and ("far worse" in told.reason) == gross
+    assert not told.excused
+
+
 # The statistic
 
 
