@@ -25,6 +25,7 @@ from ..judging import (
     draw,
     features_by_example,
     guesses,
+    is_gross,
     judge_loss,
     losses_by_example,
 )
@@ -97,12 +98,12 @@ class Judge:
             return None
         weight = STALENESS_DISCOUNT ** min(trial.behind, STALENESS_MAX)
         stem = trial.contribution.shard == STEM
-        verdict = judge_loss(found, weight, stem=stem)
-        if verdict is not None and verdict.gross and not stem and self._progress(trial) < SUSPECT_EARLY:
+        settled = None
+        if not stem and is_gross(found) and self._progress(trial) < SUSPECT_EARLY:
             # At a high rate, running statistics of a few rows a batch are those of weights that are gone. One
             # honest branch of the digits had a loss of 3.7 with them, and 0.5 without.
             settled = self.compare(trial, tensors, decode, settled=True)
-            verdict = judge_loss(found, weight, settled=settled)
+        verdict = judge_loss(found, weight, stem=stem, settled=settled)
         if verdict is not None and trial.behind and found.candidate <= self._guessed(trial):
             return replace(verdict, gross=False, excused=True)
         return verdict

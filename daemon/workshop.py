@@ -29,7 +29,7 @@ from ..ledger import Contribution
 from ..models import default_model, initial_shard
 from ..plans import Trial
 from ..run import STEM, InputSpec, RunSpec, Schedule, ShardId, TaskSpec
-from ..screen import reason_to_refuse_tensors
+from ..screen import reason_to_refuse_tensors, within_bounds
 from ..shards import ShardTensors, decode_shard, encode_shard
 from ..training import LeaseResult, evaluate_shards, log_probabilities, train_branches, train_stem
 from ..trust import Verdict
@@ -286,10 +286,14 @@ class Workshop:
     def _published(self, result: LeaseResult, stem: ShardTensors) -> tuple[dict[str, Fields], int]:
         """What a lease made as it is published, and the MACs that trying it has cost."""
         setting = self._setting
-        branches = {shard: tensors for shard, tensors in result.tensors.items() if shard != STEM}
+        trained = {
+            shard: within_bounds(tensors, initial_shard(setting.spec, shard))
+            for shard, tensors in result.tensors.items()
+        }
+        branches = {shard: tensors for shard, tensors in trained.items() if shard != STEM}
         tried = evaluate_shards(
             setting.spec,
-            result.tensors.get(STEM, stem),
+            trained.get(STEM, stem),
             branches,
             eval_batches(setting.validation, setting.spec),
             device=setting.device,
@@ -300,7 +304,7 @@ class Workshop:
                 "loss": result.losses[shard],
                 "accuracy": tried.scores[shard].accuracy,
             }
-            for shard, tensors in result.tensors.items()
+            for shard, tensors in trained.items()
         }
         return made, tried.macs
 

@@ -31,6 +31,8 @@ RMS_GROWTH_MAX: Final = 20.0
 RMS_FLOOR: Final = 5.0
 #: Batch-norm statistics follow the activations, not the initialisation.
 STATISTICS_RMS_MAX: Final = 1e6
+#: A lease's own result is kept to this part of each bound: it is rounded to 16 bits on its way.
+BOUND_ROOM: Final = 0.995
 
 
 def reason_to_refuse(
@@ -97,6 +99,27 @@ def reason_to_refuse_tensors(
         if tensor.is_floating_point() and _rms(tensor) > bound:
             return f"{name} has a root mean square of {_rms(tensor):.3g}, over {bound:.3g}"
     return None
+
+
+def within_bounds(
+    tensors: Mapping[str, torch.Tensor], initial: Mapping[str, torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    """What a lease has made, with every tensor scaled down that is over its bound.
+
+    A liar can give a state just under a bound, from which an honest lease steps over it. Published as it is,
+    that would have its maker convicted by all, and the shard would never get on.
+
+    Args:
+        initial: as for `reason_to_refuse_tensors`, which finds no tensor too large in the result.
+    """
+    made = dict(tensors)
+    for name, tensor in tensors.items():
+        if not tensor.is_floating_point() or not bool(tensor.isfinite().all()):
+            continue
+        bound, rms = BOUND_ROOM * _rms_bound(name, initial[name]), _rms(tensor)
+        if rms > bound:
+            made[name] = tensor * (bound / rms)
+    return made
 
 
 def _rms_bound(name: str, initial: torch.Tensor) -> float:

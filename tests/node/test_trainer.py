@@ -10,12 +10,14 @@ import subprocess
 import sys
 import threading
 from collections.abc import Awaitable, Iterable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
 import psutil
 import pytest
+import torch
 from PIL import Image
 
 from p2pcollab import limits
@@ -37,6 +39,7 @@ from p2pcollab.ledger import Contribution, Ledger, next_generation, successor_se
 from p2pcollab.models import default_model, initial_shard
 from p2pcollab.plans import Trial
 from p2pcollab.run import STEM, InputSpec, RunSpec, Schedule, ShardId, TaskSpec
+from p2pcollab.screen import RMS_FLOOR, reason_to_refuse_tensors
 from p2pcollab.shards import decode_shard, encode_shard
 from p2pcollab.wire import sign_contribution
 
@@ -244,6 +247,22 @@ def test_peers_shard_that_is_not_what_it_says_is_named_and_never_merged(bench: B
         bench.run(bench.trainer.train(job(*BRANCHES, ledger=good), lambda digest: b"garbage"))
     good = bench.publish(outcome, Ledger())
     assert bench.run(bench.trainer.check(trials(contributions), bench.shards.get)).found == (None, None)
+
+
+def test_lease_from_a_state_just_under_a_bound_is_not_malformed(bench: Bench) -> None:
+    """A liar that gives such a state would have honest devices convicted of what they made of it."""
+    branch = BRANCHES[0]
+    outcome = bench.train(job(branch))
+    tensors = decode_shard(outcome.shards[branch].data, SPEC, branch)
+    tensors["head.bias"] = torch.full_like(tensors["head.bias"], 0.999 * RMS_FLOOR)
+    pill = replace(outcome.shards[branch], data=encode_shard(tensors))
+    ledger = bench.publish(replace(outcome, shards={branch: pill}), Ledger())
+    assert reason_to_refuse_tensors(tensors, initial_shard(SPEC, branch)) is None
+    again = bench.train(job(branch, ledger=ledger))
+    made = decode_shard(again.shards[branch].data, SPEC, branch)
+    # Unscaled it stays where it was: training moves the two biases apart, and their mean hardly.
+    assert float(made["head.bias"].square().mean().sqrt()) <= 0.996 * RMS_FLOOR
+    assert reason_to_refuse_tensors(made, initial_shard(SPEC, branch)) is None
 
 
 def test_peers_work_is_tried_on_own_examples_against_what_is_here(bench: Bench) -> None:

@@ -16,7 +16,7 @@ from p2pcollab import limits
 from p2pcollab.keys import Identity
 from p2pcollab.ledger import Contribution, Ledger, next_generation, successor_seen
 from p2pcollab.run import STEM, DeviceId, InputSpec, ModelSpec, RunSpec, Schedule, ShardId, TaskSpec
-from p2pcollab.screen import reason_to_refuse, reason_to_refuse_tensors
+from p2pcollab.screen import reason_to_refuse, reason_to_refuse_tensors, within_bounds
 from p2pcollab.wire import sign_contribution
 
 SPEC = RunSpec(
@@ -139,6 +139,31 @@ def trained() -> dict[str, torch.Tensor]:
 def test_trained_tensors_are_accepted() -> None:
     assert reason_to_refuse_tensors(shard(), shard()) is None
     assert reason_to_refuse_tensors(trained(), shard()) is None
+
+
+@given(st.floats(0.1, 1e30), st.sampled_from(sorted(name for name in shard() if "num" not in name)))
+def test_what_a_lease_has_made_is_pulled_into_the_bounds(scale: float, name: str) -> None:
+    """From a state just under a bound an honest lease steps over it; it is no liar for that."""
+    tensors = trained()
+    tensors[name] = tensors[name] * scale
+    made = within_bounds(tensors, shard())
+    assert made.keys() == tensors.keys()
+    rounded = {
+        one: tensor.bfloat16().float() if tensor.is_floating_point() else tensor
+        for one, tensor in made.items()
+    }
+    assert reason_to_refuse_tensors(rounded, shard()) is None
+    if reason_to_refuse_tensors(tensors, shard()) is None and scale < 1.0:
+        assert all(torch.equal(made[one], tensors[one]) for one in tensors)
+    # A direction stays what it was.
+    flat, was = made[name].double().flatten(), tensors[name].double().flatten()
+    assert float(flat @ was) == pytest.approx(float(flat.norm() * was.norm()), rel=1e-5)
+
+
+def test_what_is_not_finite_stays_so() -> None:
+    tensors = trained()
+    tensors["conv.bias"][0] = float("nan")
+    assert reason_to_refuse_tensors(within_bounds(tensors, shard()), shard()) == "conv.bias is not finite"
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])

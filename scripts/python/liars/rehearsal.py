@@ -131,9 +131,11 @@ class LyingRehearsal(Rehearsal):
     def check(self, device: Device, trial: Trial) -> Verdict | None:
         found: list[tuple[Comparison, float]] = []
 
-        def note(comparison: Comparison, weight: float, *, stem: bool) -> Verdict | None:
+        def note(
+            comparison: Comparison, weight: float, *, stem: bool, settled: Comparison | None
+        ) -> Verdict | None:
             found.append((comparison, weight))
-            return judge_loss(comparison, weight, stem=stem)
+            return judge_loss(comparison, weight, stem=stem, settled=settled)
 
         with mock.patch.object(judge, "judge_loss", note):
             verdict = super().check(device, trial)
