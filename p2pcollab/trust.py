@@ -1,8 +1,8 @@
 """Trust: which devices and which contributions a device no longer relies on, and what all agree on.
 
-A device that was caught twice with tensors that no honest lease makes is *distrusted* by the device that
-caught it. A device of whose work a judge refuses much more than of everybody else's is *suspected* by it:
-that catches lies of which none is gross, such as flipped labels. A judge that refuses much of everybody's
+A device that was caught with tensors of two leases that no honest lease makes is *distrusted* by the device
+that caught it. A device of whose work a judge refuses much more than of everybody else's is *suspected* by
+it: that catches lies of which none is gross, such as flipped labels. A judge that refuses much of everybody's
 work, because it has few classes or holds a spoilt state, suspects nobody for that. A device of whose work
 some was refused, as may happen to any, is *doubted*: its next work is tried as soon as it is there, and not
 only where it is needed.
@@ -10,7 +10,7 @@ only where it is needed.
 A device names both in its next contributions, which are in the ledger: whom more than a quarter of the
 others name is *outvoted*, on all devices with equal ledgers alike, whether they have examples to judge by or
 not. What an outvoted device has made does not count any more, except where others have built on it. Who
-suspects a device does not build on its work either, and treats it like any other in everything else: one
+suspects a device does not build on its branches either, and treats it like any other in everything else: one
 judge may suspect an honest device by chance, several hardly ever. In a run so small that two votes are enough
 nobody is suspected.
 
@@ -36,7 +36,8 @@ Work = tuple[DeviceId, str]
 """What a device has made: its author, and the digest of its tensors, which somebody else may repeat."""
 _Lately = OrderedDict[tuple[DeviceId, str, int], Counter[ShardId]]
 
-#: Gross contributions for which a device is distrusted. After one, chance or a broken disk may be to blame.
+#: Leases with gross contributions for which a device is distrusted. After one, chance or a broken disk may be
+#: to blame; and what spoils a lease spoils all of its bundle.
 GROSS_MAX: Final = 2
 #: Leases with refused contributions for which a device may be suspected, if an honest one would be so unlucky
 #: with at most this probability. In a run of ten a judge tries two to six of each of the others.
@@ -114,6 +115,7 @@ class Opinions:
         #: How often each shard was tried, and refused, of a device's work on one state of the stem.
         self._tried_on: _Lately = OrderedDict()
         self._refused_on: _Lately = OrderedDict()
+        self._gross_on: _Lately = OrderedDict()
         #: When contributions came, oldest first, at most `OPINIONS_MAX`: a number for each device and moment.
         self._came: OrderedDict[Work, int] = OrderedDict()
         #: Of each device, when the last of these moments began, and its number.
@@ -191,12 +193,13 @@ class Opinions:
             return False
         early = progress < SUSPECT_EARLY
         self._tally(contribution, refused=verdict is not None, early=early, at_home=at_home)
-        self._gross[device] += verdict is not None and verdict.gross
+        if verdict is not None and verdict.gross:
+            self._gross[device] += _is_another_lease(self._gross_on, contribution, self._moment(contribution))
         if verdict is None or device in self._distrusted:
             return False
         gross = self._gross[device]
         if gross >= GROSS_MAX:
-            self._distrusted[device] = f"{gross} of its contributions were far worse than what was there"
+            self._distrusted[device] = f"{gross} of its leases made what was far worse than what was there"
         return device in self._distrusted
 
     def _tally(self, contribution: Contribution, *, refused: bool, early: bool, at_home: bool) -> None:
@@ -206,7 +209,7 @@ class Opinions:
         device = contribution.device
         if device not in self._tried and len(self._tried) >= DEVICES_MAX:
             return
-        came = self._came.get(work(contribution), 0)
+        came = self._moment(contribution)
         tried = _is_another_lease(self._tried_on, contribution, came)
         self._tried[device] += tried
         self._early[device] += tried * early
@@ -219,6 +222,10 @@ class Opinions:
             self._doubted.add(device)
         else:
             self._doubted.discard(device)
+
+    def _moment(self, contribution: Contribution) -> int:
+        """The number of the moment at which a contribution came."""
+        return self._came.get(work(contribution), 0)
 
     def _counts(self, device: DeviceId) -> tuple[int, int, int, int]:
         """What was refused and tried of a device's work, and of the others'."""

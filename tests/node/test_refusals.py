@@ -172,9 +172,11 @@ def test_an_accusation_is_told_without_waiting_for_a_lease(
     device: Device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     own = contribution(ME)
+    # Of two leases, on two states of the stem.
+    digests = {shard: hashlib.sha256(shard.encode()).hexdigest() for shard in SPEC.shards[1:]}
     lies = [
-        contribution(EVE, shard=shard, tensors_digest=hashlib.sha256(shard.encode()).hexdigest())
-        for shard in SPEC.shards[1:]
+        contribution(EVE, shard=shard, stem_digest=digest, tensors_digest=digest)
+        for shard, digest in digests.items()
     ]
     device.intake.enter([own])
     device.take(*lies)

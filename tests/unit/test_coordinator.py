@@ -433,7 +433,7 @@ def test_stem_needs_no_stem() -> None:
 
 def test_accusing_a_device_alone_leaves_its_branches_out_and_its_stem_in() -> None:
     """Or this device's branches would fit a stem that nobody else uses."""
-    made = [mine(contribution(9)), mine(contribution(9, shard=T1))]
+    made = [mine(contribution(9)), mine(contribution(9, shard=T1, stem_digest="another"))]
     one = holding((T0,), made)
     stem = one.ledger.frontier(STEM)
     assert [entry.device for entry in stem] == [device(9)]

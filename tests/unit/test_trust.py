@@ -60,10 +60,20 @@ def voters(numbers: range, liar: int) -> list[Contribution]:
 # What one device concludes
 
 
-def test_a_device_is_distrusted_after_two_gross_contributions() -> None:
+def test_a_device_is_distrusted_after_two_gross_leases() -> None:
     mine = Opinions()
     told = [mine.judge(made(1, count + 1), GROSS) for count in range(GROSS_MAX + 1)]
     assert told == [False, True, False]
+    assert mine.distrusted == {device(1)}
+
+
+def test_gross_branches_of_one_lease_count_once() -> None:
+    """What spoiled the lease has spoiled its whole bundle."""
+    mine = Opinions()
+    for count in range(1, 5):
+        assert not mine.judge(made(1, count, shard=f"t{count}", stem_digest="one"), GROSS)
+    assert not mine.accused
+    assert mine.judge(made(1, 5, shard="t1", stem_digest="two"), GROSS)
     assert mine.distrusted == {device(1)}
 
 
