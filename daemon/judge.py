@@ -125,7 +125,7 @@ class Judge:
         """Its losses and its reference's; None if this device cannot judge.
 
         Args:
-            settled: of a branch, with these examples' statistics (`losses_by_example`).
+            settled: as in `State`.
         """
         shard = trial.contribution.shard
         present = _present(trial)
@@ -140,8 +140,8 @@ class Judge:
             self._losses[key] = reference_N = self._reference(trial, on, decode, sample, early=early)
             if len(self._losses) > _REFERENCES_KEPT:
                 self._losses.popitem(last=False)
-        candidate = State(states_digest((trial.contribution,)), tensors)
-        return compare(self._try(shard, candidate, on, sample, settled=settled), reference_N, sample)
+        candidate = State(states_digest((trial.contribution,)), tensors, settled=settled)
+        return compare(self._try(shard, candidate, on, sample), reference_N, sample)
 
     def _progress(self, trial: Trial) -> float:
         """The part of its shard's budget that a contribution has seen."""
@@ -183,23 +183,15 @@ class Judge:
             # The disk has lost or damaged one of them meanwhile.
             return State(states_digest(()), initial_shard(self._spec, shard))
 
-    def _try(
-        self, shard: ShardId, state: State, stem: State | None, sample: Sample, *, settled: bool = False
-    ) -> Tensor:
+    def _try(self, shard: ShardId, state: State, stem: State | None, sample: Sample) -> Tensor:
         features_N = self._features.of(stem or state, sample.indices)
         self._head_macs += len(sample.indices) * cost.head_macs(self._spec, shard)
-        return self._losses_of(shard, state, features_N, self._data.labels[sample.indices], settled=settled)
+        return self._losses_of(shard, state, features_N, self._data.labels[sample.indices])
 
     def _losses_of(
-        self,
-        shard: ShardId,
-        state: State,
-        features_N: Tensor,
-        labels: npt.NDArray[np.int64],
-        *,
-        settled: bool = False,
+        self, shard: ShardId, state: State, features_N: Tensor, labels: npt.NDArray[np.int64]
     ) -> Tensor:
-        return losses_by_example(self._spec, shard, state.tensors, features_N, labels, settled=settled)
+        return losses_by_example(self._spec, shard, state.tensors, features_N, labels, settled=state.settled)
 
 
 def _present(trial: Trial) -> tuple[bool, ...]:
@@ -213,6 +205,8 @@ class State:
 
     digest: str
     tensors: ShardTensors
+    #: Of a branch: normalise by the statistics of what it is tried on (`losses_by_example`).
+    settled: bool = False
 
 
 class _Features:

@@ -84,15 +84,9 @@ class PricedJudge(Judge):
         return State(states_digest(frontier), {})
 
     def _losses_of(
-        self,
-        shard: ShardId,
-        state: State,
-        features_N: Tensor,
-        labels: npt.NDArray[np.int64],
-        *,
-        settled: bool = False,
+        self, shard: ShardId, state: State, features_N: Tensor, labels: npt.NDArray[np.int64]
     ) -> Tensor:
-        del shard, state, features_N, settled
+        del shard, state, features_N
         return torch.ones(len(labels), dtype=torch.float64)
 
 
