@@ -57,6 +57,7 @@ def test_what_only_says_where_points_are_lost_can_have_fewer_seeds(tmp_path: Pat
     assert made == [["A", "0"], ["A", "1"], ["B", "1"]]
     (row,) = json.loads((tmp_path / "made.json").read_text())["rows"]
     assert (row["A_seeds"], row["B_seeds"]) == (2, 1)
+    assert {row[key] for key in ("D_mean", "gap_mean", "saving_max", "epoch_seconds_ratio")} == {None}
     assert "(1 of 2 seeds)" in (tmp_path / "made.table.md").read_text()
     refused = subprocess.run([*command, "2"], cwd=tmp_path, stderr=subprocess.PIPE, text=True)
     assert refused.returncode == 1

@@ -14,6 +14,12 @@ from p2pcollab.run import STEM, RunSpec
 
 Result = Mapping[str, Any]
 
+#: What every row has, null where it is not known: without devices, or without the dense network.
+_OF_DEVICES = (
+    "gap_mean", "gap_sd", "saving_min", "saving_median", "saving_max", "network_macs_ratio",
+    "bytes_sent_median", "epoch_seconds_ratio",
+)  # fmt: skip
+
 
 def row(
     dataset: str,
@@ -39,6 +45,7 @@ def row(
         made[f"{column}_mean"] = statistics.fmean(accuracies) if accuracies else None
         made[f"{column}_sd"] = statistics.stdev(accuracies) if len(accuracies) > 1 else None
         made[f"{column}_seeds"] = len(accuracies)
+    made |= dict.fromkeys(_OF_DEVICES)
     gaps = list(differences(columns.get("D", ()), columns.get("A", ())).values())
     if gaps:
         made["gap_mean"] = statistics.fmean(gaps)
@@ -124,7 +131,7 @@ def line(one: Mapping[str, Any]) -> str:
     columns = "  ".join(f"{column} {_percent(one, column)}" for column in "ABCD")
     savings = (
         f"  saving {one['saving_min']:.1f}/{one['saving_median']:.1f}/{one['saving_max']:.1f}x"
-        if "saving_min" in one
+        if one["saving_min"] is not None
         else ""
     )
     return f"{one['dataset']} {one['model']} {one['config']}: {columns}{savings}"
