@@ -52,6 +52,7 @@ def parse() -> argparse.Namespace:
         "--results", type=Path, default=Path("build/bench-liars"),
         help="where each result goes; one that is there is not made again",
     )  # fmt: skip
+    parser.add_argument("--without-plain", action="store_true", help="leave plain averaging out")
     parser.add_argument("--json", type=Path, help="write all rows into this file, and the table beside it")
     return parser.parse_args()
 
@@ -76,7 +77,7 @@ def main() -> int:
         for seed in map(int, options.seeds.split(",")):
             setting = _setting(options, seed)
             data: Data | None = None
-            for attack, defended, absent in _plan(attacks):
+            for attack, defended, absent in _plan(attacks, plain=not options.without_plain):
                 path = options.results / f"{_key(setting, attack, defended, absent)}.json"
                 told = f"seed {seed}: {report.name(attack, defended, absent)}"
                 task = progress.add_task(told, total=1.0)
@@ -96,14 +97,15 @@ def main() -> int:
     return 0
 
 
-def _plan(attacks: list[str]) -> list[tuple[str | None, bool, bool]]:
+def _plan(attacks: list[str], *, plain: bool) -> list[tuple[str | None, bool, bool]]:
     """Attack, whether the defence is on, and whether the liars are left out; in this order."""
     plan: list[tuple[str | None, bool, bool]] = [
         (None, True, False),
         (None, False, False),
         (None, True, True),
     ]
-    return plan + [(attack, defended, False) for attack in attacks for defended in (True, False)]
+    plan += [(attack, defended, False) for attack in attacks for defended in (True, False)]
+    return [one for one in plan if one[1] or plain]
 
 
 def _setting(options: argparse.Namespace, seed: int) -> Setting:
