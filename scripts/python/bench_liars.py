@@ -99,13 +99,10 @@ def main() -> int:
 
 def _plan(attacks: list[str], *, plain: bool) -> list[tuple[str | None, bool, bool]]:
     """Attack, whether the defence is on, and whether the liars are left out; in this order."""
-    plan: list[tuple[str | None, bool, bool]] = [
-        (None, True, False),
-        (None, False, False),
-        (None, True, True),
-    ]
-    plan += [(attack, defended, False) for attack in attacks for defended in (True, False)]
-    return [one for one in plan if one[1] or plain]
+    defences = (True, False) if plain else (True,)
+    plan: list[tuple[str | None, bool, bool]] = [(None, defended, False) for defended in defences]
+    plan.append((None, True, True))
+    return plan + [(attack, defended, False) for attack in attacks for defended in defences]
 
 
 def _setting(options: argparse.Namespace, seed: int) -> Setting:

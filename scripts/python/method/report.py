@@ -14,8 +14,8 @@ from p2pcollab.run import STEM, RunSpec
 
 Result = Mapping[str, Any]
 
-#: What every row has, null where it is not known: without devices, or without the dense network.
-_OF_DEVICES = (
+#: What every row has beside the columns; null without devices, or without the dense network.
+_ALWAYS = (
     "gap_mean", "gap_sd", "saving_min", "saving_median", "saving_max", "network_macs_ratio",
     "bytes_sent_median", "epoch_seconds_ratio",
 )  # fmt: skip
@@ -45,7 +45,7 @@ def row(
         made[f"{column}_mean"] = statistics.fmean(accuracies) if accuracies else None
         made[f"{column}_sd"] = statistics.stdev(accuracies) if len(accuracies) > 1 else None
         made[f"{column}_seeds"] = len(accuracies)
-    made |= dict.fromkeys(_OF_DEVICES)
+    made |= dict.fromkeys(_ALWAYS)
     gaps = list(differences(columns.get("D", ()), columns.get("A", ())).values())
     if gaps:
         made["gap_mean"] = statistics.fmean(gaps)
