@@ -13,10 +13,11 @@ The rules, in the order in which they decide:
    excludes, for class tasks only.
 3. The stem comes first, and one of the fast devices trains it: all branches stand on it. Stem and branches
    go on side by side, the stem a lease or two ahead.
-4. Of the shards that nobody holds, the one that lags most comes first. One that somebody holds is given to
-   others by rule 5 only: the mean of two leases from one start is worth about one of them, and counts as two.
-   Holders that are far slower than the others, or overdue, keep their lease but do not keep others out; nor
-   does, of the stem, one that a much faster device could replace.
+4. Of the shards that nobody holds, the one that lags most comes first, and goes to the idle device that has
+   trained it least for the data that it has. One that somebody holds is given to others by rule 5 only: the
+   mean of two leases from one start is worth about one of them, and counts as two. Holders that are far
+   slower than the others, or overdue, keep their lease but do not keep others out; nor does, of the stem,
+   one that a much faster device could replace.
 5. No device runs ahead on a shard: one that has given more of the shard's samples than its share of all the
    work, by over half a lease, looks for another shard. It waits a moment for one that is held, so that two
    devices whose leases end one after the other change places; then it joins the holder rather than go on.
@@ -139,7 +140,8 @@ def allot(
     Args:
         devices: the live ones, this device included.
         shards: of the run; those left out count as untrained.
-        only: give nothing to other idle devices than this one.
+        only: give nothing to other idle devices than this one. For a device that has waited for them in
+            vain: it takes what they know less of, and rotation suffers.
     """
     hand = _Hand(spec, devices, shards, only)
     hand.give_preferred()

@@ -248,6 +248,22 @@ def test_every_shard_is_trained_on_every_devices_data(devices: int, seed: int) -
 
 
 @pytest.mark.parametrize("seed", SEEDS)
+def test_nobody_is_left_out_where_there_are_more_devices_than_tasks(seed: int) -> None:
+    devices = 6
+    spec = run_spec(2, leases=8 * devices)
+    crowd = (DevicePlan(class_counts=(100, 100)),) * devices
+    simulation = Simulation(Scenario(name="six and two", spec=spec, devices=crowd), seed)
+    outcome = simulation.run()
+    for shard in spec.shards:
+        fair = spec.budget(shard) / devices
+        visits = [outcome.visits[shard].get(device, 0) for device in simulation.ids]
+        # Were shards not left to who knows less of them, a device would be 3.6 leases off here, or more.
+        assert max(abs(seen - fair) for seen in visits) <= 1.5 * spec.schedule.lease_samples, (
+            f"{shard}, seed {seed}: {visits}"
+        )
+
+
+@pytest.mark.parametrize("seed", SEEDS)
 def test_two_devices_with_two_tasks_do_not_take_back_the_same_one_for_ever(seed: int) -> None:
     spec = run_spec(2, leases=24)
     scenario = Scenario(name="two and two", spec=spec, devices=(DevicePlan(class_counts=(100, 100)),) * 2)
