@@ -38,10 +38,12 @@ def why_not(programs: Iterable[str] = ("ip",)) -> str | None:
     for program in programs:
         if shutil.which(program) is None:
             return f"the program `{program}` is missing: apt-get install {_PACKAGES[program]}"
-    probe = subprocess.run(["ip", "netns", "add", "p2pc-probe"], capture_output=True, text=True, check=False)
+    # A name of this process's: two that probe at once must not find each other's.
+    name = f"{_TAG}{os.getpid()}-probe"
+    probe = subprocess.run(["ip", "netns", "add", name], capture_output=True, text=True, check=False)
     if probe.returncode:
         return f"this kernel lets nobody make a network namespace: {probe.stderr.strip()}"
-    _run("ip", "netns", "del", "p2pc-probe")
+    _run("ip", "netns", "del", name)
     return None
 
 
