@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,15 +15,18 @@ torch.set_num_threads(1)
 settings.register_profile("no deadline", deadline=None)
 settings.load_profile("no deadline")
 
-HERE = Path(__file__).parent
-#: Their tests start processes that mean to have their network to themselves, so each folder is one group.
+#: Their tests start processes that mean to have their network to themselves.
 ONE_AFTER_THE_OTHER = ("node", "netns")
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Name what stays in one process where `scripts/test` runs two: a folder of real daemons, or a file."""
-    for item in items:
-        path = item.path.relative_to(HERE)
-        folder = path.parts[0]
-        group = folder if folder in ONE_AFTER_THE_OTHER else str(path)
-        item.add_marker(pytest.mark.xdist_group(group))
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> object:
+    """Keep a folder of real daemons in one process where `scripts/test` runs two, and each other file."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByFolderOrFile(LoadScopeScheduling):  # type: ignore[misc]
+        def _split_scope(self, nodeid: str) -> str:
+            path = Path(nodeid.split("::")[0])
+            return path.parent.name if path.parent.name in ONE_AFTER_THE_OTHER else str(path)
+
+    return ByFolderOrFile(config, log)

@@ -268,7 +268,11 @@ def _remove_made(tag: str) -> None:
     namespaces = [line.split()[0] for line in _run("ip", "netns", "list").splitlines() if line]
     for namespace in namespaces:
         if namespace.startswith(f"{tag}-"):
-            for pid in _run("ip", "netns", "pids", namespace).split():
+            # Another lab may be removing the same, or have done so.
+            found = subprocess.run(
+                ["ip", "netns", "pids", namespace], capture_output=True, text=True, check=False
+            )
+            for pid in found.stdout.split():
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(int(pid), signal.SIGKILL)
             subprocess.run(["ip", "netns", "del", namespace], capture_output=True, check=False)
