@@ -21,7 +21,11 @@ ONE_AFTER_THE_OTHER = ("node", "netns")
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> object:
-    """Keep a folder of real daemons in one process where `scripts/test` runs two, and each other file."""
+    """Keep a folder of real daemons in one process where `scripts/test` runs two, and each other file.
+
+    The groups of xdist 3.8 (`--dist loadgroup`) would say the same, but do nothing with pytest 9, which no
+    longer reads the field that they are written into.
+    """
     from xdist.scheduler import LoadScopeScheduling
 
     class ByFolderOrFile(LoadScopeScheduling):  # type: ignore[misc]
